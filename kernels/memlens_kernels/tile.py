@@ -1,0 +1,22 @@
+"""What the ahead-of-time report needs to know about a kernel: one `Tile` for each shape that is shipped.
+
+Every kernel module has a function `tiles()` that returns its tiles.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+__all__ = ["Tile"]
+
+
+class Tile(NamedTuple):
+    kernel: Any  # the function under @triton.jit
+    label: str  # the tile in words, e.g. "fp16 D64 128x64 causal"
+    signature: dict[str, str]  # every argument by name: "*fp16", "i32", "fp32", or "constexpr"
+    constants: dict[str, Any]  # the values of the constexpr arguments
+    warps: int
+    stages: int
+    flops: int  # of one program, at the size that `at` names
+    bytes: int  # read and written by one program, likewise
+    at: str  # e.g. "length 4096"

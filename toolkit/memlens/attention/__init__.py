@@ -1,0 +1,1 @@
+"""Attention: exact, merged from parts, masked, sparse, and rotary positions."""

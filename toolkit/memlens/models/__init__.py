@@ -1,0 +1,12 @@
+"""Real and tiny language models behind one loader, and hooks that read or replace their attention."""
+
+from importlib import import_module
+
+_HOMES = {"smollm2": "real", "TinyLM": "tiny", "Layer": "tiny", "train": "tiny", "load_checkpoint": "tiny"}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
