@@ -1,0 +1,68 @@
+"""Run one notebook in a fresh kernel and say what happened, also when a cell fails or the kernel dies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import subprocess
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbformat import NotebookNode
+
+from memlens.book.notebook import code_cells, read, tags
+
+__all__ = ["Run", "execute"]
+
+TIMEOUT = 180  # seconds for one cell
+
+
+class Run(NamedTuple):
+    book: NotebookNode  # with the outputs of this run
+    seconds: float
+    failed_cell: int | None = None  # 1-based, among the code cells
+    error: str = ""  # one line
+
+
+def execute(path: Path, *, timeout: int = TIMEOUT, allow_errors: bool = False, parameters: dict | None = None) -> Run:
+    """Run every cell of the notebook at `path` in its own folder, without writing to it.
+
+    Args:
+        timeout: seconds for one cell.
+        allow_errors: go on after a failing cell.
+        parameters: values put after the cell tagged `parameters`, like papermill's.
+    """
+    book = read(path)
+    for cell in code_cells(book):
+        cell.outputs, cell.execution_count = [], None
+        if parameters and "parameters" in tags(cell):
+            cell.source += "\n" + "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+    return run(book, path.parent, timeout=timeout, allow_errors=allow_errors)
+
+
+def run(book: NotebookNode, folder: Path, *, timeout: int = TIMEOUT, allow_errors: bool = False) -> Run:
+    """Run a notebook that is held in memory, with `folder` as its working folder."""
+    logging.getLogger("traitlets").setLevel(logging.CRITICAL)
+    client = NotebookClient(
+        book, timeout=timeout, kernel_name="python3", allow_errors=allow_errors, store_widget_state=False,
+        resources={"metadata": {"path": str(folder)}}, record_timing=False,
+    )  # fmt: skip
+    start = time.perf_counter()
+    try:
+        # the kernel's own notices (its transport, its shutdown) go nowhere; what cells print is captured in their outputs
+        asyncio.run(client.async_execute(stderr=subprocess.DEVNULL))
+    except CellExecutionError as error:
+        return Run(book, time.perf_counter() - start, _last(book), f"{error.ename}: {error.evalue}".splitlines()[0])
+    except CellTimeoutError:
+        return Run(book, time.perf_counter() - start, _last(book) + 1, f"took longer than {timeout} s")
+    except DeadKernelError:
+        return Run(book, time.perf_counter() - start, _last(book) + 1, "the kernel died (out of memory, or killed)")
+    return Run(book, time.perf_counter() - start)
+
+
+def _last(book: NotebookNode) -> int:
+    """The number of the last code cell that was started and returned."""
+    return sum(cell.execution_count is not None for cell in code_cells(book))
