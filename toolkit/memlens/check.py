@@ -72,7 +72,12 @@ def divides(op: str, **pair: int) -> None:
     """Refuse two sizes of which the first is no divisor of the second: `divides(op, kv_heads=3, heads=9)`."""
     (small, few), (large, many) = pair.items()
     if few < 1 or many % few:
-        fail(op, f"{large}={many} is no multiple of {small}={few}", f"{small} to divide {large}", f"change {small} or repeat it")
+        fail(
+            op,
+            f"{large}={many} is no multiple of {small}={few}",
+            f"{small} to divide {large}",
+            f"change {small} or repeat it",
+        )
 
 
 def finite(op: str, **tensors: Tensor | None) -> None:
@@ -83,7 +88,12 @@ def finite(op: str, **tensors: Tensor | None) -> None:
         if not bool(tensor.sum().isfinite()) and not bool((good := tensor.isfinite()).all()):
             index = tuple((~good).nonzero()[0].tolist())
             value = tensor[index].item()
-            fail(op, f"{name}{list(index)} is {value}", "finite numbers", "look at what produced it (a masked row, an overflow)")
+            fail(
+                op,
+                f"{name}{list(index)} is {value}",
+                "finite numbers",
+                "look at what produced it (a masked row, an overflow)",
+            )
 
 
 def within(op: str, low: float, high: float, **values: float | Tensor | None) -> None:

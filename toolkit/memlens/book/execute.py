@@ -46,23 +46,22 @@ def execute(path: Path, *, timeout: int = TIMEOUT, allow_errors: bool = False, p
 def run(book: NotebookNode, folder: Path, *, timeout: int = TIMEOUT, allow_errors: bool = False) -> Run:
     """Run a notebook that is held in memory, with `folder` as its working folder."""
     logging.getLogger("traitlets").setLevel(logging.CRITICAL)
+    started: list[int] = []
     client = NotebookClient(
         book, timeout=timeout, kernel_name="python3", allow_errors=allow_errors, store_widget_state=False,
         resources={"metadata": {"path": str(folder)}}, record_timing=False,
+        on_cell_start=lambda cell, cell_index: started.append(cell_index),
     )  # fmt: skip
-    start = time.perf_counter()
+    start, error = time.perf_counter(), ""
     try:
         # the kernel's own notices (its transport, its shutdown) go nowhere; what cells print is captured in their outputs
         asyncio.run(client.async_execute(stderr=subprocess.DEVNULL))
-    except CellExecutionError as error:
-        return Run(book, time.perf_counter() - start, _last(book), f"{error.ename}: {error.evalue}".splitlines()[0])
+    except CellExecutionError as failure:
+        error = f"{failure.ename}: {failure.evalue}".splitlines()[0]
     except CellTimeoutError:
-        return Run(book, time.perf_counter() - start, _last(book) + 1, f"took longer than {timeout} s")
+        error = f"took longer than {timeout} s"
     except DeadKernelError:
-        return Run(book, time.perf_counter() - start, _last(book) + 1, "the kernel died (out of memory, or killed)")
-    return Run(book, time.perf_counter() - start)
-
-
-def _last(book: NotebookNode) -> int:
-    """The number of the last code cell that was started and returned."""
-    return sum(cell.execution_count is not None for cell in code_cells(book))
+        error = "the kernel died (out of memory, or killed)"
+    code = [cell.cell_type == "code" and bool(cell.source.strip()) for cell in book.cells]
+    failed = sum(code[: started[-1] + 1]) if error else None
+    return Run(book, time.perf_counter() - start, failed, error)

@@ -1,4 +1,4 @@
-"""The ledger: every verdict that the stored notebooks show, as a table, as Markdown for the README, as the door's gallery."""
+"""The ledger: every verdict that the stored notebooks show, for the terminal, the README and the door's gallery."""
 
 from __future__ import annotations
 

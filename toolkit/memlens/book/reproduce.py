@@ -73,10 +73,10 @@ def run_one(path: Path) -> dict:
     if not done.error and shown(done.book) != shown(before):
         write(clean(done.book), path)
         rewritten = True
-    cell = done.book and done.failed_cell
     rows = [tuple(row) for row, _ in verdicts(done.book)]
     return {
-        "seconds": done.seconds, "error": done.error, "cell": cell, "rows": rows, "rewritten": rewritten, "source": _hash(path),
+        "seconds": done.seconds, "error": done.error, "cell": done.failed_cell, "rows": rows,
+        "rewritten": rewritten, "source": _hash(path),
     }  # fmt: skip
 
 
@@ -136,7 +136,9 @@ def reproduce(*, paper: str | None = None, family: str | None = None, workers: i
     failed = [name for name, row in results.items() if row["error"]]
     failed += redraw_figures(wanted, console)
     console.print(as_table(Verdict(*fields) for row in results.values() for fields in row["rows"]))
-    console.print(f"{len(wanted)} notebooks, {len(failed)} failed, {time.perf_counter() - start:.0f} s on {workers} workers")
+    console.print(
+        f"{len(wanted)} notebooks, {len(failed)} failed, {time.perf_counter() - start:.0f} s on {workers} workers"
+    )
     for name in failed:
         console.print(f"  [red]{name}[/] {results.get(name, {}).get('error', 'could not be drawn')}", soft_wrap=True)
     return int(bool(failed))

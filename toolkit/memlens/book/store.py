@@ -21,7 +21,9 @@ def store(path: Path, *, timeout: int = 180) -> float:
     path = Path(path)
     done = execute(path, timeout=timeout)
     if done.error:
-        raise RuntimeError(f"store: {path.name} failed in code cell {done.failed_cell}: {done.error}; the file is unchanged")
+        raise RuntimeError(
+            f"store: {path.name} failed in code cell {done.failed_cell}: {done.error}; the file is unchanged"
+        )
     write(clean(done.book), path)
     return done.seconds
 

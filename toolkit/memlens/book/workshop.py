@@ -48,7 +48,7 @@ def _failures(done: Run) -> dict[int, list[str]]:
 
 
 def prove(path: Path, blanked: NotebookNode) -> list[str]:
-    """What is wrong with the pair: the solved notebook must pass, the student's must fail at every check and nowhere else."""
+    """What is wrong with the pair: the solved one must pass, the student's fail at every check and nowhere else."""
     wrong = []
     solved = execute(path, parameters={"size": "small"})
     if solved.error:

@@ -108,7 +108,16 @@ def verdict(
     digits = digits or DIGITS[kind]
     shown = show(measured, digits) + (f" +- {show(float(spread), 1)}" if spread is not None else "")
     row = Verdict(
-        entry.name, claim, kind, show(baseline, digits), show(claimed, digits), shown, show(band, digits), show(n, 9), word, note
+        entry.name,
+        claim,
+        kind,
+        show(baseline, digits),
+        show(claimed, digits),
+        shown,
+        show(band, digits),
+        show(n, 9),
+        word,
+        note,
     )
     _rows.append(row)
     _emit(row)

@@ -1,0 +1,430 @@
+"""Attention kernels: forward, Δ, dK/dV and dQ, one program for a block of queries (or keys) of one head; no atomics.
+
+The forward folds key blocks into a running maximum, denominator and unnormalised output (online softmax) in powers of two:
+scores are multiplied by scale · log2(e) so that `exp2` gives the exponential. The backward recomputes a tile's probabilities
+from lse. Under `CAUSAL` key blocks past the diagonal are not visited, and only the blocks on it (and a ragged last block)
+are masked. The (q_len, k_len) matrix is never stored. Source: arXiv:2205.14135 and, for the loop order, arXiv:2307.08691.
+
+Shapes: q (B,H,Tq,D), k (B,Hkv,Tk,D), v (B,Hkv,Tk,Dv); query head h reads kv head h // (H / Hkv). Any strides over batch,
+head and row; the last axis is contiguous. Row i has position offset + i. lse is float32, natural log, -inf for a row that sees
+no key.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from memlens_kernels.tile import Tile
+
+__all__ = ["MAX_DIM", "attention_backward", "attention_forward", "tiles"]
+
+MAX_DIM = 256
+LOG2E = 1.4426950408889634
+LENGTHS = ["q_len", "k_len", "offset"]  # not specialised: one binary serves every length
+
+
+@triton.jit
+def load_tile(pointer, rows, stride, bound, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, EDGE: tl.constexpr):
+    """Rows of a (length, DIM) matrix as (rows, BLOCK_DIM), zero where there is no row (EDGE) or no dim."""
+    dims = tl.arange(0, BLOCK_DIM)
+    at = pointer + rows[:, None].to(tl.int64) * stride + dims[None, :]
+    if EDGE:
+        return tl.load(at, mask=(rows[:, None] < bound) & (dims[None, :] < DIM), other=0.0)
+    if DIM != BLOCK_DIM:
+        return tl.load(at, mask=dims[None, :] < DIM, other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def store_tile(pointer, value, rows, stride, bound, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    dims = tl.arange(0, BLOCK_DIM)
+    at = pointer + rows[:, None].to(tl.int64) * stride + dims[None, :]
+    tl.store(at, value.to(pointer.dtype.element_ty), mask=(rows[:, None] < bound) & (dims[None, :] < DIM))
+
+
+@triton.jit
+def hide(
+    scores, rows, keys, mask, mask_row, mask_key, q_len, k_len, offset,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Scores with -inf at the pairs that may not attend: past the end or the diagonal (EDGE), or False in the mask."""
+    if EDGE:
+        seen = keys[None, :] < k_len
+        if CAUSAL:
+            seen = seen & (keys[None, :] <= offset + rows[:, None])
+        scores = tl.where(seen, scores, -float("inf"))
+    if MASK:
+        at = mask + rows[:, None].to(tl.int64) * mask_row + keys[None, :].to(tl.int64) * mask_key
+        allowed = tl.load(at, mask=(rows[:, None] < q_len) & (keys[None, :] < k_len), other=0)
+        scores = tl.where(allowed != 0, scores, -float("inf"))
+    return scores
+
+
+@triton.jit
+def fold_keys(
+    top, total, held, q_tile, k, v, k_row, v_row, mask, mask_row, mask_key, rows, first, last, q_len, k_len, offset, scale_log2,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The running softmax after key blocks first..last of one head."""
+    for start in tl.range(first, last, BLOCK_K):
+        keys = start + tl.arange(0, BLOCK_K)
+        k_tile = load_tile(k, keys, k_row, k_len, DIM, BLOCK_D, EDGE)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
+        scores = hide(scores, rows, keys, mask, mask_row, mask_key, q_len, k_len, offset, CAUSAL, MASK, EDGE)
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        shift = new_top
+        if EDGE or MASK:  # a row that has seen nothing yet
+            shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+        weights = tl.exp2(scores - shift[:, None])
+        fade = tl.exp2(top - shift)
+        total = total * fade + tl.sum(weights, 1)
+        v_tile = load_tile(v, keys, v_row, k_len, VALUE_DIM, BLOCK_V, EDGE)
+        held = tl.dot(weights.to(v_tile.dtype), v_tile, held * fade[:, None], input_precision=PRECISION)
+        top = new_top
+    return top, total, held
+
+
+@triton.jit
+def key_range(first_row, k_len, offset, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr):
+    """(plain, last): key blocks below `plain` are seen whole by every row of the block, those from `last` on by none."""
+    plain, last = k_len, k_len
+    if CAUSAL:
+        plain = tl.minimum(k_len, tl.maximum(offset + first_row + 1, 0))
+        last = tl.minimum(k_len, tl.maximum(offset + first_row + BLOCK_Q, 0))
+    return plain // BLOCK_K * BLOCK_K, last
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def forward_kernel(
+    q, k, v, mask, out, lse, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    mask_batch, mask_head, mask_row, mask_key, heads, group, q_len, k_len, offset, scale_log2,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # the last query blocks of a causal call are the longest: they start first
+    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
+    head_id = tl.program_id(1).to(tl.int64)
+    batch, head = head_id // heads, head_id % heads
+    rows = first_row + tl.arange(0, BLOCK_Q)
+    k += batch * k_batch + head // group * k_head
+    v += batch * v_batch + head // group * v_head
+    mask += batch * mask_batch + head * mask_head
+    q_tile = load_tile(q + batch * q_batch + head * q_head, rows, q_row, q_len, DIM, BLOCK_D, True)
+    top = tl.full([BLOCK_Q], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    held = tl.zeros([BLOCK_Q, BLOCK_V], tl.float32)
+    plain, last = key_range(first_row, k_len, offset, BLOCK_Q, BLOCK_K, CAUSAL)
+    top, total, held = fold_keys(
+        top, total, held, q_tile, k, v, k_row, v_row, mask, mask_row, mask_key, rows, 0, plain, q_len, k_len, offset,
+        scale_log2, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_K, CAUSAL, MASK, False, PRECISION,
+    )  # fmt: skip
+    top, total, held = fold_keys(
+        top, total, held, q_tile, k, v, k_row, v_row, mask, mask_row, mask_key, rows, plain, last, q_len, k_len, offset,
+        scale_log2, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_K, CAUSAL, MASK, True, PRECISION,
+    )  # fmt: skip
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    store_tile(out + head_id * q_len * VALUE_DIM, held / total[:, None], rows, VALUE_DIM, q_len, VALUE_DIM, BLOCK_V)
+    natural = (top + tl.log2(total)) * 0.6931471805599453  # ln 2
+    tl.store(lse + head_id * q_len + rows, tl.where(empty, -float("inf"), natural), mask=rows < q_len)
+
+
+@triton.jit(do_not_specialize=["q_len"])
+def delta_kernel(
+    out, dout, dlse, delta, do_batch, do_head, do_row, heads, q_len,
+    VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_Q: tl.constexpr, DLSE: tl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(dO ∘ O) - dlse."""
+    rows = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    head_id = tl.program_id(1).to(tl.int64)
+    dout += head_id // heads * do_batch + head_id % heads * do_head
+    o_tile = load_tile(out + head_id * q_len * VALUE_DIM, rows, VALUE_DIM, q_len, VALUE_DIM, BLOCK_V, True).to(tl.float32)
+    do_tile = load_tile(dout, rows, do_row, q_len, VALUE_DIM, BLOCK_V, True).to(tl.float32)
+    value = tl.sum(o_tile * do_tile, 1)
+    at = head_id * q_len + rows
+    if DLSE:
+        value -= tl.load(dlse + at, mask=rows < q_len, other=0.0)
+    tl.store(delta + at, value, mask=rows < q_len)
+
+
+@triton.jit
+def load_lse(lse, rows, q_len):
+    """lse in powers of two; +inf for a row that is not there or saw nothing, so that its probabilities are 0."""
+    value = tl.load(lse + rows, mask=rows < q_len, other=float("inf"))
+    return tl.where(value == -float("inf"), float("inf"), value * 1.4426950408889634)
+
+
+@triton.jit
+def fold_queries(
+    dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta, q_row, do_row, mask, mask_row, mask_key, keys, first, last,
+    q_len, k_len, offset, scale_log2,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_Q: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK (before scale) and dV of a key block after query rows first..last of one head."""
+    for start in tl.range(first, last, BLOCK_Q):
+        rows = start + tl.arange(0, BLOCK_Q)
+        q_tile = load_tile(q, rows, q_row, q_len, DIM, BLOCK_D, True)
+        do_tile = load_tile(dout, rows, do_row, q_len, VALUE_DIM, BLOCK_V, True)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
+        scores = hide(scores, rows, keys, mask, mask_row, mask_key, q_len, k_len, offset, CAUSAL, MASK, EDGE)
+        p = tl.exp2(scores - load_lse(lse, rows, q_len)[:, None])
+        dv_tile = tl.dot(tl.trans(p.to(do_tile.dtype)), do_tile, dv_tile, input_precision=PRECISION)
+        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
+        ds = p * (dp - tl.load(delta + rows, mask=rows < q_len, other=0.0)[:, None])
+        dk_tile = tl.dot(tl.trans(ds.to(q_tile.dtype)), q_tile, dk_tile, input_precision=PRECISION)
+    return dk_tile, dv_tile
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def dkdv_kernel(
+    q, k, v, mask, lse, delta, dout, dk, dv, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    do_batch, do_head, do_row, mask_batch, mask_head, mask_row, mask_key, heads, group, q_len, k_len, offset, scale,
+    scale_log2, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One key block of one kv head: sums over the queries of its whole group."""
+    first_key = tl.program_id(0) * BLOCK_K
+    kv_id = tl.program_id(1).to(tl.int64)
+    kv_heads = heads // group
+    batch, kv_head = kv_id // kv_heads, kv_id % kv_heads
+    keys = first_key + tl.arange(0, BLOCK_K)
+    k_tile = load_tile(k + batch * k_batch + kv_head * k_head, keys, k_row, k_len, DIM, BLOCK_D, True)
+    v_tile = load_tile(v + batch * v_batch + kv_head * v_head, keys, v_row, k_len, VALUE_DIM, BLOCK_V, True)
+    dk_tile = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    dv_tile = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    first, plain = tl.zeros_like(q_len), tl.zeros_like(q_len)
+    if CAUSAL:  # rows before `first` see none of these keys, rows from `plain` on see all
+        first = tl.maximum(first_key - offset, 0) // BLOCK_Q * BLOCK_Q
+        plain = tl.cdiv(tl.maximum(first_key + BLOCK_K - 1 - offset, 0), BLOCK_Q) * BLOCK_Q
+    if first_key + BLOCK_K > k_len:
+        plain = tl.maximum(plain, q_len)
+    for member in range(group):
+        head = kv_head * group + member
+        at = (batch * heads + head) * q_len
+        q_at, do_at = q + batch * q_batch + head * q_head, dout + batch * do_batch + head * do_head
+        mask_at = mask + batch * mask_batch + head * mask_head
+        dk_tile, dv_tile = fold_queries(
+            dk_tile, dv_tile, k_tile, v_tile, q_at, do_at, lse + at, delta + at, q_row, do_row, mask_at, mask_row, mask_key,
+            keys, first, tl.minimum(plain, q_len), q_len, k_len, offset, scale_log2,
+            DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_Q, CAUSAL, MASK, True, PRECISION,
+        )  # fmt: skip
+        dk_tile, dv_tile = fold_queries(
+            dk_tile, dv_tile, k_tile, v_tile, q_at, do_at, lse + at, delta + at, q_row, do_row, mask_at, mask_row, mask_key,
+            keys, plain, q_len, q_len, k_len, offset, scale_log2,
+            DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_Q, CAUSAL, MASK, False, PRECISION,
+        )  # fmt: skip
+    store_tile(dk + kv_id * k_len * DIM, dk_tile * scale, keys, DIM, k_len, DIM, BLOCK_D)
+    store_tile(dv + kv_id * k_len * VALUE_DIM, dv_tile, keys, VALUE_DIM, k_len, VALUE_DIM, BLOCK_V)
+
+
+@triton.jit
+def fold_query_gradient(
+    dq_tile, q_tile, do_tile, lse_row, delta_row, k, v, k_row, v_row, mask, mask_row, mask_key, rows, first, last,
+    q_len, k_len, offset, scale_log2,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ (before scale) of a query block after key blocks first..last."""
+    for start in tl.range(first, last, BLOCK_K):
+        keys = start + tl.arange(0, BLOCK_K)
+        k_tile = load_tile(k, keys, k_row, k_len, DIM, BLOCK_D, EDGE)
+        v_tile = load_tile(v, keys, v_row, k_len, VALUE_DIM, BLOCK_V, EDGE)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
+        scores = hide(scores, rows, keys, mask, mask_row, mask_key, q_len, k_len, offset, CAUSAL, MASK, EDGE)
+        p = tl.exp2(scores - lse_row[:, None])
+        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
+        ds = p * (dp - delta_row[:, None])
+        dq_tile = tl.dot(ds.to(k_tile.dtype), k_tile, dq_tile, input_precision=PRECISION)
+    return dq_tile
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def dq_kernel(
+    q, k, v, mask, lse, delta, dout, dq, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    do_batch, do_head, do_row, mask_batch, mask_head, mask_row, mask_key, heads, group, q_len, k_len, offset, scale,
+    scale_log2, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
+    head_id = tl.program_id(1).to(tl.int64)
+    batch, head = head_id // heads, head_id % heads
+    rows = first_row + tl.arange(0, BLOCK_Q)
+    k += batch * k_batch + head // group * k_head
+    v += batch * v_batch + head // group * v_head
+    mask += batch * mask_batch + head * mask_head
+    q_tile = load_tile(q + batch * q_batch + head * q_head, rows, q_row, q_len, DIM, BLOCK_D, True)
+    do_tile = load_tile(dout + batch * do_batch + head * do_head, rows, do_row, q_len, VALUE_DIM, BLOCK_V, True)
+    lse_row = load_lse(lse + head_id * q_len, rows, q_len)
+    delta_row = tl.load(delta + head_id * q_len + rows, mask=rows < q_len, other=0.0)
+    plain, last = key_range(first_row, k_len, offset, BLOCK_Q, BLOCK_K, CAUSAL)
+    dq_tile = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    dq_tile = fold_query_gradient(
+        dq_tile, q_tile, do_tile, lse_row, delta_row, k, v, k_row, v_row, mask, mask_row, mask_key, rows, 0, plain,
+        q_len, k_len, offset, scale_log2, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_K, CAUSAL, MASK, False, PRECISION,
+    )  # fmt: skip
+    dq_tile = fold_query_gradient(
+        dq_tile, q_tile, do_tile, lse_row, delta_row, k, v, k_row, v_row, mask, mask_row, mask_key, rows, plain, last,
+        q_len, k_len, offset, scale_log2, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_K, CAUSAL, MASK, True, PRECISION,
+    )  # fmt: skip
+    store_tile(dq + head_id * q_len * DIM, dq_tile * scale, rows, DIM, q_len, DIM, BLOCK_D)
+
+
+class Config(NamedTuple):
+    block_q: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+def config(kernel: str, dim: int, size: int) -> Config:
+    """Tile, warps and stages of "forward", "dkdv" or "dq" for a padded dim and `size` bytes an element."""
+    if size > 2 or dim > 128:
+        return Config(32, 32, 4, 1) if kernel != "forward" or dim > 128 else Config(64, 32, 4, 2)
+    return CONFIGS[kernel, max(64, dim)]
+
+
+CONFIGS = {
+    ("forward", 64): Config(128, 64, 4, 3), ("forward", 128): Config(128, 64, 8, 3),
+    ("dkdv", 64): Config(64, 64, 4, 2), ("dkdv", 128): Config(64, 64, 8, 2),
+    ("dq", 64): Config(64, 64, 4, 2), ("dq", 128): Config(64, 64, 8, 2),
+}  # fmt: skip
+
+
+def _block(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))
+
+
+def _rows_apart(*tensors: Tensor) -> list[Tensor]:
+    """The tensors with neighbours in memory along the last axis; others are copied."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def _shared(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, offset: int) -> dict[str, Any]:
+    """The arguments that forward, dK/dV and dQ have in common."""
+    strides = {f"{name}_{axis}": x.stride(i) for name, x in (("q", q), ("k", k), ("v", v)) for i, axis in enumerate(AXES)}
+    full = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
+    for i, axis in enumerate((*AXES, "key")):
+        strides["mask_key" if axis == "key" else f"mask_{axis}"] = 0 if full is None else full.stride(i)
+    return strides | {
+        "q": q, "k": k, "v": v, "mask": q if full is None else full.view(torch.uint8),
+        "heads": q.shape[1], "group": q.shape[1] // k.shape[1], "q_len": q.shape[2], "k_len": k.shape[2], "offset": offset,
+        "scale_log2": scale * LOG2E, "DIM": q.shape[-1], "VALUE_DIM": v.shape[-1], "BLOCK_D": _block(q.shape[-1]),
+        "BLOCK_V": _block(v.shape[-1]), "CAUSAL": causal, "MASK": full is not None,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+    }  # fmt: skip
+
+
+AXES = ("batch", "head", "row")
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, offset: int, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out (B,H,Tq,Dv) in q's dtype, lse (B,H,Tq) float32).
+
+    `mask` is bool and broadcasts to (B,H,Tq,Tk); dims are at most MAX_DIM.
+    """
+    q, k, v = _rows_apart(q, k, v)
+    out = q.new_empty((*q.shape[:3], v.shape[-1]))
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    tile = config("forward", max(_block(q.shape[-1]), _block(v.shape[-1])), q.element_size())
+    grid = (triton.cdiv(q.shape[2], tile.block_q), q.shape[0] * q.shape[1])
+    forward_kernel[grid](
+        out=out, lse=lse, **_shared(q, k, v, mask, scale, causal, offset), BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, *,
+    scale: float, causal: bool, offset: int, mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv) from the results of `attention_forward` and the gradients of out and (or None) lse."""
+    q, k, v, dout = _rows_apart(q, k, v, dout)
+    out, lse = out.contiguous(), lse.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    (batch, heads, q_len, _), (kv_heads, k_len) = q.shape, k.shape[1:3]
+    width = max(_block(q.shape[-1]), _block(v.shape[-1]))
+    delta = torch.empty_like(lse)
+    dout_strides = {f"do_{axis}": dout.stride(i) for i, axis in enumerate(AXES)}
+    delta_kernel[(triton.cdiv(q_len, DELTA_ROWS), batch * heads)](
+        out, dout, lse if dlse is None else dlse, delta, **dout_strides, heads=heads, q_len=q_len,
+        VALUE_DIM=v.shape[-1], BLOCK_V=_block(v.shape[-1]), BLOCK_Q=DELTA_ROWS, DLSE=dlse is not None, num_warps=4,
+    )  # fmt: skip
+    shared = _shared(q, k, v, mask, scale, causal, offset) | dout_strides
+    shared |= {"lse": lse, "delta": delta, "dout": dout, "scale": scale}
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    tile = config("dkdv", width, q.element_size())
+    dkdv_kernel[(triton.cdiv(k_len, tile.block_k), batch * kv_heads)](
+        dk=dk, dv=dv, **shared, BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, num_warps=tile.warps, num_stages=tile.stages
+    )
+    tile = config("dq", width, q.element_size())
+    dq_kernel[(triton.cdiv(q_len, tile.block_q), batch * heads)](
+        dq=dq, **shared, BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, num_warps=tile.warps, num_stages=tile.stages
+    )
+    return dq, dk, dv
+
+
+DELTA_ROWS = 64
+
+
+def tiles() -> list[Tile]:
+    """Every shipped tile: float16 and bfloat16, dims 64 and 128, causal, forward and the three backward kernels."""
+    return [make(dtype, dim) for dtype in ("fp16", "bf16") for dim in (64, 128) for make in (_forward, _delta, _dkdv, _dq)]
+
+
+def _tile(kernel: Any, name: str, dtype: str, dim: int, tile: Config, *, flops: int, elements: int) -> Tile:
+    given = {
+        "DIM": dim, "VALUE_DIM": dim, "BLOCK_D": dim, "BLOCK_V": dim, "BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k,
+        "CAUSAL": True, "MASK": False, "PRECISION": "tf32", "DLSE": True,
+    }  # fmt: skip
+    constants = {name: given[name] for name in kernel.arg_names if name in given}
+    signature = {name: "constexpr" if name in constants else _kind(name, dtype) for name in kernel.arg_names}
+    label = f"{name} {dtype} D{dim} {tile.block_q}x{tile.block_k} causal"
+    return Tile(kernel, label, signature, constants, tile.warps, tile.stages, flops, 2 * elements, f"length {LENGTH}, last block")
+
+
+LENGTH = 4096  # at which flops and bytes of a tile are counted
+
+
+def _kind(name: str, dtype: str) -> str:
+    if name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv"):
+        return f"*{dtype}"
+    if name in ("lse", "dlse", "delta"):
+        return "*fp32"
+    return "*u8" if name == "mask" else "fp32" if name.startswith("scale") else "i32"
+
+
+def _forward(dtype: str, dim: int) -> Tile:
+    tile = config("forward", dim, 2)
+    elements = 2 * (tile.block_q + LENGTH) * dim + 2 * tile.block_q
+    return _tile(
+        forward_kernel, "forward", dtype, dim, tile, flops=4 * tile.block_q * LENGTH * dim, elements=elements
+    )  # fmt: skip
+
+
+def _delta(dtype: str, dim: int) -> Tile:
+    tile = Config(DELTA_ROWS, DELTA_ROWS, 4, 1)
+    return _tile(
+        delta_kernel, "delta", dtype, dim, tile, flops=2 * DELTA_ROWS * dim, elements=2 * DELTA_ROWS * dim + 4 * DELTA_ROWS
+    )
+
+
+def _dkdv(dtype: str, dim: int) -> Tile:
+    tile = config("dkdv", dim, 2)
+    elements = (4 * tile.block_k + 2 * LENGTH) * dim + 4 * LENGTH
+    return _tile(dkdv_kernel, "dkdv", dtype, dim, tile, flops=8 * tile.block_k * LENGTH * dim, elements=elements)
+
+
+def _dq(dtype: str, dim: int) -> Tile:
+    tile = config("dq", dim, 2)
+    elements = (3 * tile.block_q + 2 * LENGTH) * dim + 4 * tile.block_q
+    return _tile(dq_kernel, "dq", dtype, dim, tile, flops=6 * tile.block_q * LENGTH * dim, elements=elements)

@@ -1,0 +1,33 @@
+"""Student copies: blanked where they should be, failing at the checks and nowhere else."""
+
+from memlens.book.notebook import read
+from memlens.book.workshop import make_workshop, prove, student
+
+from .conftest import code, whole
+
+
+def test_solutions_keep_their_comments_and_lose_their_code(put):
+    copy = student(read(put(whole())))
+    solution = next(cell for cell in copy.cells if "solution" in cell.metadata.get("tags", []))
+    assert solution.source == "# the next number\n...  # your code here"
+
+
+def test_the_original_is_not_changed_and_a_good_pair_is_proven(put, clone, capsys):
+    path = put(whole())
+    before = path.read_bytes()
+    assert make_workshop() == 0
+    assert path.read_bytes() == before
+    assert "proven kv/h2o" in capsys.readouterr().out
+    assert (clone / "workshop" / "kv" / "h2o.ipynb").exists()
+
+
+def test_a_check_that_passes_without_a_solution_is_found(put):
+    path = put([*whole(), code("# nothing\npass", "solution"), code("assert True or True", "check")])
+    wrong = prove(path, student(read(path)))
+    assert wrong == ["the check in code cell 10 passes without a solution"]
+
+
+def test_a_wrong_solution_is_found(put):
+    path = put(whole(solution="y = x + 2"))
+    wrong = prove(path, student(read(path)))
+    assert "the solved copy fails in code cell 6" in wrong[0]
