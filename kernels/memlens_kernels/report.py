@@ -32,15 +32,16 @@ class Limits(NamedTuple):
     shared_unit: int  # bytes of one multiprocessor
     registers: int  # 32-bit registers of one multiprocessor
     warps: int  # resident warps of one multiprocessor
+    programs: int  # resident programs of one multiprocessor
 
 
 # NVIDIA: CUDA C++ programming guide, table of technical specifications.
 # AMD: CDNA3 ISA reference; four SIMDs of 512 registers for each of 64 lanes.
 TARGETS = {
-    "sm_80": Limits("cuda", 80, 32, 163 * 1024, 164 * 1024, 65536, 64),
-    "sm_90": Limits("cuda", 90, 32, 227 * 1024, 228 * 1024, 65536, 64),
-    "sm_100": Limits("cuda", 100, 32, 227 * 1024, 228 * 1024, 65536, 64),
-    "gfx942": Limits("hip", "gfx942", 64, 64 * 1024, 64 * 1024, 4 * 512 * 64, 32),
+    "sm_80": Limits("cuda", 80, 32, 163 * 1024, 164 * 1024, 65536, 64, 32),
+    "sm_90": Limits("cuda", 90, 32, 227 * 1024, 228 * 1024, 65536, 64, 32),
+    "sm_100": Limits("cuda", 100, 32, 227 * 1024, 228 * 1024, 65536, 64, 32),
+    "gfx942": Limits("hip", "gfx942", 64, 64 * 1024, 64 * 1024, 4 * 512 * 64, 32, 32),
 }
 MATRIX = re.compile(r"\b(HMMA|IMMA|HGMMA|IGMMA|QGMMA|UTC[A-Z]*MMA|v_mfma_\w+)\b")
 
@@ -52,7 +53,7 @@ class Row(NamedTuple):
     warps: int
     stages: int
     registers: int  # per thread
-    spills: int  # bytes per thread that ptxas spilled, or AMD registers spilled
+    spills: int  # NVIDIA: bytes per thread stored to local memory; AMD: vector registers spilled to scratch
     stack: int  # bytes per thread
     shared: int  # bytes per program
     matrix: int  # tensor-core instructions in the code
@@ -82,7 +83,8 @@ def _nvidia(cubin: bytes) -> tuple[int, int, int, str]:
         )
         sass = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
     fields = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout))
-    spills = 4 * len(re.findall(r"\bSTL(?:\.\w+)*\b", sass))
+    widths = re.findall(r"\bSTL(?:\.\w+)*?(?:\.(64|128))?\s", sass)
+    spills = sum(int(width or 32) // 8 for width in widths)
     return int(fields["REG"]), spills, int(fields["STACK"]), sass
 
 
@@ -90,14 +92,13 @@ def _amd(assembly: str) -> tuple[int, int, int, str]:
     def field(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
 
-    spills = field("vgpr_spill_count") + field("sgpr_spill_count")
-    return field("vgpr_count"), spills, field("private_segment_fixed_size"), assembly
+    return field("vgpr_count"), field("vgpr_spill_count"), field("private_segment_fixed_size"), assembly
 
 
 def _occupancy(limits: Limits, registers: int, shared: int, warps: int) -> float:
     """Share of a multiprocessor's warps that can be resident; registers come in units of 8 a thread."""
     per_program = -(-registers // 8) * 8 * limits.warp * warps
-    fit = [limits.warps // warps, limits.registers // max(1, per_program)]
+    fit = [limits.programs, limits.warps // warps, limits.registers // max(1, per_program)]
     if shared:
         fit.append(limits.shared_unit // (shared + 1024))  # 1 KB of each program is the system's
     return min(fit) * warps / limits.warps
@@ -136,7 +137,12 @@ def _rows_of(job: tuple[str, int, str]) -> Row:
 
 def report(workers: int | None = None) -> list[Row]:
     """Every tile for every target, sorted."""
-    jobs = [(name, i, target) for name in modules() for i in range(len(import_module(name).tiles())) for target in TARGETS]
+    jobs = [
+        (name, index, target)
+        for name in modules()
+        for index, tile in enumerate(import_module(name).tiles())
+        for target in tile.targets
+    ]
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
         return sorted(pool.map(_rows_of, jobs))
 

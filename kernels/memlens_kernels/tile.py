@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-__all__ = ["Tile"]
+__all__ = ["TARGETS", "Tile"]
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 class Tile(NamedTuple):
@@ -20,3 +22,4 @@ class Tile(NamedTuple):
     flops: int  # of one program, at the size that `at` names
     bytes: int  # read and written by one program, likewise
     at: str  # e.g. "length 4096"
+    targets: tuple[str, ...] = TARGETS  # where the launcher picks it; another architecture may have its own tile

@@ -135,16 +135,16 @@ def lab(port: Annotated[int, typer.Option()] = 8888):
 @app.command()
 def figures(
     names: Annotated[list[str] | None, typer.Argument(help="figures to draw; all when left out")] = None,
-    style: Annotated[str, typer.Option(help="neurips, slides, poster or notebook")] = "notebook",
-    format: Annotated[str, typer.Option(help="svg, pdf or png")] = "svg",
-    width: Annotated[str | None, typer.Option(help="e.g. 3.25in or 8cm")] = None,
-    out: Annotated[Path, typer.Option(help="the folder to write into")] = Path("build/figures"),
+    style: Annotated[str | None, typer.Option(help="memlens, neurips, slides or poster")] = None,
+    format: Annotated[str | None, typer.Option(help="svg, pdf or png; default svg and png")] = None,
+    width: Annotated[str | None, typer.Option(help="e.g. 3.25in or 82mm")] = None,
+    out: Annotated[Path | None, typer.Option(help="the folder to write into; default build/figures")] = None,
 ):
     """Redraw stored figures from their data, without torch."""
     from memlens.viz.redraw import redraw
 
     try:
-        written = redraw(names or None, style=style, format=format, width=width, out=out)
+        written = redraw(names or (), style=style, format=format, width=width, out=out or Path("build/figures"))
     except (KeyError, ValueError, OSError) as error:
         _stop(error)
     typer.echo("\n".join(str(path) for path in written))
