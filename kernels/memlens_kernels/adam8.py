@@ -1,7 +1,7 @@
 """Adam on 8-bit moments: one program per block of 256 decodes, updates, finds the new maxima and encodes.
 
-No float32 moment touches global memory: per element the kernel reads the gradient and two bytes, and writes the direction and
-two bytes.
+No float32 moment touches global memory: per element the kernel reads the gradient and two bytes, and writes the direction
+and two bytes.
 """
 
 from __future__ import annotations
@@ -70,9 +70,12 @@ def adam8_buffers(g: Tensor) -> tuple[Tensor, ...]:
     return direction, codes[0], scales[0], codes[1], scales[1]
 
 
+Pair = tuple[Tensor, Tensor]
+
+
 def adam8(
-    g: Tensor, m: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor], m_tables: tuple[Tensor, Tensor], v_tables: tuple[Tensor, Tensor],
-    *, betas: tuple[float, float], correction: float, floor: float, out: tuple[Tensor, ...] | None = None,
+    g: Tensor, m: Pair, v: Pair, m_tables: Pair, v_tables: Pair, *, betas: tuple[float, float], correction: float,
+    floor: float, out: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Direction correction * m' / (sqrt(v') + floor) and the encoded moments after it.
 
@@ -88,24 +91,27 @@ def adam8(
     out = out or adam8_buffers(g)
     if g.numel():
         adam8_kernel[(triton.cdiv(g.numel(), BLOCK),)](
-            g.contiguous(), *m, *v, *m_tables, *v_tables, *out, g.numel(), beta1=betas[0], rest1=1 - betas[0], beta2=betas[1],
-            rest2=1 - betas[1], correction=correction, floor=floor, BLOCK=BLOCK, num_warps=WARPS,
+            g.contiguous(), *m, *v, *m_tables, *v_tables, *out, g.numel(), beta1=betas[0], rest1=1 - betas[0],
+            beta2=betas[1], rest2=1 - betas[1], correction=correction, floor=floor, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     return out
 
 
 def tiles() -> list[Tile]:
     """One tile for each gradient dtype."""
-    state = {name: kind for prefix in ("", "new_") for name, kind in _state_signature(prefix).items()}
-    tables = {name: "*fp32" for name in ("m_values", "m_borders", "v_values", "v_borders")}
-    scalars = {name: "fp32" for name in ("beta1", "rest1", "beta2", "rest2", "correction", "floor")}
     found = []
     for dtype, size in (("fp32", 4), ("fp16", 2), ("bf16", 2)):
-        signature = {"g": f"*{dtype}", **state, **tables, "direction": "*fp32", "numel": "i32", **scalars, "BLOCK": "constexpr"}
-        moved = BLOCK * (size + 4 + 4) + 16  # gradient, direction, two codes in and out, scales
-        found.append(Tile(adam8_kernel, f"{dtype} block {BLOCK}", signature, {"BLOCK": BLOCK}, WARPS, 1, BLOCK * 44, moved, "any"))
+        moved = BLOCK * (size + 4 + 4) + 16  # gradient, direction, two codes in and out; four scales
+        constants = {"BLOCK": BLOCK}
+        found.append(
+            Tile(adam8_kernel, f"{dtype} block {BLOCK}", _signature(dtype), constants, WARPS, 1, 44 * BLOCK, moved, "any")
+        )
     return found
 
 
-def _state_signature(prefix: str) -> dict[str, str]:
-    return {f"{prefix}{name}_{part}": kind for name in "mv" for part, kind in (("codes", "*u8"), ("scale", "*fp32"))}
+def _signature(dtype: str) -> dict[str, str]:
+    """Type of every argument, by the form of its name."""
+    kinds = {"g": f"*{dtype}", "numel": "i32", "BLOCK": "constexpr", "direction": "*fp32"}
+    scalars = ("beta1", "rest1", "beta2", "rest2", "correction", "floor")
+    names = adam8_kernel.arg_names
+    return {n: kinds.get(n) or ("fp32" if n in scalars else "*u8" if n.endswith("codes") else "*fp32") for n in names}

@@ -29,22 +29,26 @@ LENGTHS = ["q_len", "k_len", "offset"]  # not specialised: one binary serves eve
 
 
 @triton.jit
-def load_tile(pointer, rows, stride, bound, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, EDGE: tl.constexpr):
-    """Rows of a (length, DIM) matrix as (rows, BLOCK_DIM), zero where there is no row (EDGE) or no dim."""
-    dims = tl.arange(0, BLOCK_DIM)
-    at = pointer + rows[:, None].to(tl.int64) * stride + dims[None, :]
+def load_tile(
+    pointer, start, stride, bound, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, EDGE: tl.constexpr
+):  # fmt: skip
+    """ROWS rows from `start` of a (bound, DIM) matrix as (ROWS, BLOCK_DIM), zero where there is no row (EDGE) or no dim."""
+    rows, dims = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_DIM)[None, :]
+    # the long step is one 64-bit product; inside a tile 32 bits do
+    at = pointer + tl.cast(start, tl.int64) * stride + (rows * stride + dims)
     if EDGE:
-        return tl.load(at, mask=(rows[:, None] < bound) & (dims[None, :] < DIM), other=0.0)
+        return tl.load(at, mask=(rows < bound - start) & (dims < DIM), other=0.0)
     if DIM != BLOCK_DIM:
-        return tl.load(at, mask=dims[None, :] < DIM, other=0.0)
+        return tl.load(at, mask=dims < DIM, other=0.0)
     return tl.load(at)
 
 
 @triton.jit
-def store_tile(pointer, value, rows, stride, bound, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    dims = tl.arange(0, BLOCK_DIM)
-    at = pointer + rows[:, None].to(tl.int64) * stride + dims[None, :]
-    tl.store(at, value.to(pointer.dtype.element_ty), mask=(rows[:, None] < bound) & (dims[None, :] < DIM))
+def store_tile(pointer, value, start, bound, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Write ROWS rows from `start` of a contiguous (bound, DIM) matrix."""
+    rows, dims = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_DIM)[None, :]
+    at = pointer + tl.cast(start, tl.int64) * DIM + (rows * DIM + dims)
+    tl.store(at, value.to(pointer.dtype.element_ty), mask=(rows < bound - start) & (dims < DIM))
 
 
 @triton.jit
@@ -52,15 +56,18 @@ def hide(
     scores, rows, keys, mask, mask_row, mask_key, q_len, k_len, offset,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Scores with -inf at the pairs that may not attend: past the end or the diagonal (EDGE), or False in the mask."""
+    """Scores with -inf at the pairs that may not attend: past the end or the diagonal (EDGE), or False in the mask.
+
+    `rows` and `keys` are the indices along the two axes of the tile, one as a column and one as a row.
+    """
     if EDGE:
-        seen = keys[None, :] < k_len
+        seen = keys < k_len
         if CAUSAL:
-            seen = seen & (keys[None, :] <= offset + rows[:, None])
+            seen = seen & (keys <= offset + rows)
         scores = tl.where(seen, scores, -float("inf"))
     if MASK:
-        at = mask + rows[:, None].to(tl.int64) * mask_row + keys[None, :].to(tl.int64) * mask_key
-        allowed = tl.load(at, mask=(rows[:, None] < q_len) & (keys[None, :] < k_len), other=0)
+        at = mask + tl.cast(rows, tl.int64) * mask_row + tl.cast(keys, tl.int64) * mask_key
+        allowed = tl.load(at, mask=(rows < q_len) & (keys < k_len), other=0)
         scores = tl.where(allowed != 0, scores, -float("inf"))
     return scores
 
@@ -74,9 +81,9 @@ def fold_keys(
     """The running softmax after key blocks first..last of one head."""
     for start in tl.range(first, last, BLOCK_K):
         keys = start + tl.arange(0, BLOCK_K)
-        k_tile = load_tile(k, keys, k_row, k_len, DIM, BLOCK_D, EDGE)
+        k_tile = load_tile(k, start, k_row, k_len, BLOCK_K, DIM, BLOCK_D, EDGE)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
-        scores = hide(scores, rows, keys, mask, mask_row, mask_key, q_len, k_len, offset, CAUSAL, MASK, EDGE)
+        scores = hide(scores, rows[:, None], keys[None, :], mask, mask_row, mask_key, q_len, k_len, offset, CAUSAL, MASK, EDGE)
         new_top = tl.maximum(top, tl.max(scores, 1))
         shift = new_top
         if EDGE or MASK:  # a row that has seen nothing yet
@@ -84,7 +91,7 @@ def fold_keys(
         weights = tl.exp2(scores - shift[:, None])
         fade = tl.exp2(top - shift)
         total = total * fade + tl.sum(weights, 1)
-        v_tile = load_tile(v, keys, v_row, k_len, VALUE_DIM, BLOCK_V, EDGE)
+        v_tile = load_tile(v, start, v_row, k_len, BLOCK_K, VALUE_DIM, BLOCK_V, EDGE)
         held = tl.dot(weights.to(v_tile.dtype), v_tile, held * fade[:, None], input_precision=PRECISION)
         top = new_top
     return top, total, held
@@ -115,7 +122,7 @@ def forward_kernel(
     k += batch * k_batch + head // group * k_head
     v += batch * v_batch + head // group * v_head
     mask += batch * mask_batch + head * mask_head
-    q_tile = load_tile(q + batch * q_batch + head * q_head, rows, q_row, q_len, DIM, BLOCK_D, True)
+    q_tile = load_tile(q + batch * q_batch + head * q_head, first_row, q_row, q_len, BLOCK_Q, DIM, BLOCK_D, True)
     top = tl.full([BLOCK_Q], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     held = tl.zeros([BLOCK_Q, BLOCK_V], tl.float32)
@@ -130,7 +137,7 @@ def forward_kernel(
     )  # fmt: skip
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
-    store_tile(out + head_id * q_len * VALUE_DIM, held / total[:, None], rows, VALUE_DIM, q_len, VALUE_DIM, BLOCK_V)
+    store_tile(out + head_id * q_len * VALUE_DIM, held / total[:, None], first_row, q_len, BLOCK_Q, VALUE_DIM, BLOCK_V)
     natural = (top + tl.log2(total)) * 0.6931471805599453  # ln 2
     tl.store(lse + head_id * q_len + rows, tl.where(empty, -float("inf"), natural), mask=rows < q_len)
 
@@ -141,11 +148,14 @@ def delta_kernel(
     VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_Q: tl.constexpr, DLSE: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(dO ∘ O) - dlse."""
-    rows = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    first_row = tl.program_id(0) * BLOCK_Q
+    rows = first_row + tl.arange(0, BLOCK_Q)
     head_id = tl.program_id(1).to(tl.int64)
     dout += head_id // heads * do_batch + head_id % heads * do_head
-    o_tile = load_tile(out + head_id * q_len * VALUE_DIM, rows, VALUE_DIM, q_len, VALUE_DIM, BLOCK_V, True).to(tl.float32)
-    do_tile = load_tile(dout, rows, do_row, q_len, VALUE_DIM, BLOCK_V, True).to(tl.float32)
+    o_tile = load_tile(
+        out + head_id * q_len * VALUE_DIM, first_row, VALUE_DIM, q_len, BLOCK_Q, VALUE_DIM, BLOCK_V, True
+    ).to(tl.float32)
+    do_tile = load_tile(dout, first_row, do_row, q_len, BLOCK_Q, VALUE_DIM, BLOCK_V, True).to(tl.float32)
     value = tl.sum(o_tile * do_tile, 1)
     at = head_id * q_len + rows
     if DLSE:
@@ -170,15 +180,16 @@ def fold_queries(
     """dK (before scale) and dV of a key block after query rows first..last of one head."""
     for start in tl.range(first, last, BLOCK_Q):
         rows = start + tl.arange(0, BLOCK_Q)
-        q_tile = load_tile(q, rows, q_row, q_len, DIM, BLOCK_D, True)
-        do_tile = load_tile(dout, rows, do_row, q_len, VALUE_DIM, BLOCK_V, True)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
-        scores = hide(scores, rows, keys, mask, mask_row, mask_key, q_len, k_len, offset, CAUSAL, MASK, EDGE)
-        p = tl.exp2(scores - load_lse(lse, rows, q_len)[:, None])
-        dv_tile = tl.dot(tl.trans(p.to(do_tile.dtype)), do_tile, dv_tile, input_precision=PRECISION)
-        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
-        ds = p * (dp - tl.load(delta + rows, mask=rows < q_len, other=0.0)[:, None])
-        dk_tile = tl.dot(tl.trans(ds.to(q_tile.dtype)), q_tile, dk_tile, input_precision=PRECISION)
+        q_tile = load_tile(q, start, q_row, q_len, BLOCK_Q, DIM, BLOCK_D, True)
+        # the tile is (keys, queries): P and dS are made as they are multiplied
+        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale_log2
+        scores = hide(scores, rows[None, :], keys[:, None], mask, mask_row, mask_key, q_len, k_len, offset, CAUSAL, MASK, EDGE)
+        p = tl.exp2(scores - load_lse(lse, rows, q_len)[None, :])
+        do_tile = load_tile(dout, start, do_row, q_len, BLOCK_Q, VALUE_DIM, BLOCK_V, True)
+        dv_tile = tl.dot(p.to(do_tile.dtype), do_tile, dv_tile, input_precision=PRECISION)
+        dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
+        ds = p * (dp - tl.load(delta + rows, mask=rows < q_len, other=0.0)[None, :])
+        dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
     return dk_tile, dv_tile
 
 
@@ -195,8 +206,8 @@ def dkdv_kernel(
     kv_heads = heads // group
     batch, kv_head = kv_id // kv_heads, kv_id % kv_heads
     keys = first_key + tl.arange(0, BLOCK_K)
-    k_tile = load_tile(k + batch * k_batch + kv_head * k_head, keys, k_row, k_len, DIM, BLOCK_D, True)
-    v_tile = load_tile(v + batch * v_batch + kv_head * v_head, keys, v_row, k_len, VALUE_DIM, BLOCK_V, True)
+    k_tile = load_tile(k + batch * k_batch + kv_head * k_head, first_key, k_row, k_len, BLOCK_K, DIM, BLOCK_D, True)
+    v_tile = load_tile(v + batch * v_batch + kv_head * v_head, first_key, v_row, k_len, BLOCK_K, VALUE_DIM, BLOCK_V, True)
     dk_tile = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     first, plain = tl.zeros_like(q_len), tl.zeros_like(q_len)
@@ -220,8 +231,8 @@ def dkdv_kernel(
             keys, plain, q_len, q_len, k_len, offset, scale_log2,
             DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_Q, CAUSAL, MASK, False, PRECISION,
         )  # fmt: skip
-    store_tile(dk + kv_id * k_len * DIM, dk_tile * scale, keys, DIM, k_len, DIM, BLOCK_D)
-    store_tile(dv + kv_id * k_len * VALUE_DIM, dv_tile, keys, VALUE_DIM, k_len, VALUE_DIM, BLOCK_V)
+    store_tile(dk + kv_id * k_len * DIM, dk_tile * scale, first_key, k_len, BLOCK_K, DIM, BLOCK_D)
+    store_tile(dv + kv_id * k_len * VALUE_DIM, dv_tile, first_key, k_len, BLOCK_K, VALUE_DIM, BLOCK_V)
 
 
 @triton.jit
@@ -234,10 +245,10 @@ def fold_query_gradient(
     """dQ (before scale) of a query block after key blocks first..last."""
     for start in tl.range(first, last, BLOCK_K):
         keys = start + tl.arange(0, BLOCK_K)
-        k_tile = load_tile(k, keys, k_row, k_len, DIM, BLOCK_D, EDGE)
-        v_tile = load_tile(v, keys, v_row, k_len, VALUE_DIM, BLOCK_V, EDGE)
+        k_tile = load_tile(k, start, k_row, k_len, BLOCK_K, DIM, BLOCK_D, EDGE)
+        v_tile = load_tile(v, start, v_row, k_len, BLOCK_K, VALUE_DIM, BLOCK_V, EDGE)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
-        scores = hide(scores, rows, keys, mask, mask_row, mask_key, q_len, k_len, offset, CAUSAL, MASK, EDGE)
+        scores = hide(scores, rows[:, None], keys[None, :], mask, mask_row, mask_key, q_len, k_len, offset, CAUSAL, MASK, EDGE)
         p = tl.exp2(scores - lse_row[:, None])
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
         ds = p * (dp - delta_row[:, None])
@@ -259,8 +270,8 @@ def dq_kernel(
     k += batch * k_batch + head // group * k_head
     v += batch * v_batch + head // group * v_head
     mask += batch * mask_batch + head * mask_head
-    q_tile = load_tile(q + batch * q_batch + head * q_head, rows, q_row, q_len, DIM, BLOCK_D, True)
-    do_tile = load_tile(dout + batch * do_batch + head * do_head, rows, do_row, q_len, VALUE_DIM, BLOCK_V, True)
+    q_tile = load_tile(q + batch * q_batch + head * q_head, first_row, q_row, q_len, BLOCK_Q, DIM, BLOCK_D, True)
+    do_tile = load_tile(dout + batch * do_batch + head * do_head, first_row, do_row, q_len, BLOCK_Q, VALUE_DIM, BLOCK_V, True)
     lse_row = load_lse(lse + head_id * q_len, rows, q_len)
     delta_row = tl.load(delta + head_id * q_len + rows, mask=rows < q_len, other=0.0)
     plain, last = key_range(first_row, k_len, offset, BLOCK_Q, BLOCK_K, CAUSAL)
@@ -273,7 +284,7 @@ def dq_kernel(
         dq_tile, q_tile, do_tile, lse_row, delta_row, k, v, k_row, v_row, mask, mask_row, mask_key, rows, plain, last,
         q_len, k_len, offset, scale_log2, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_K, CAUSAL, MASK, True, PRECISION,
     )  # fmt: skip
-    store_tile(dq + head_id * q_len * DIM, dq_tile * scale, rows, DIM, q_len, DIM, BLOCK_D)
+    store_tile(dq + head_id * q_len * DIM, dq_tile * scale, first_row, q_len, BLOCK_Q, DIM, BLOCK_D)
 
 
 class Config(NamedTuple):

@@ -17,7 +17,6 @@ from memlens_kernels.tile import Tile
 __all__ = ["column_mass", "tiles"]
 
 REDUCES = {"sum": 0, "max": 1, "count_above": 2, "count_below": 3}
-LOG2E = 1.4426950408889634
 
 
 @triton.jit
@@ -54,7 +53,8 @@ def lse_kernel(
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
         total = total * tl.exp2(top - safe) + tl.sum(tl.exp2(s - safe[:, None]), 1)
         top = new_top
-    out = tl.where(total > 0, (top + tl.log2(total)) / 1.4426950408889634, float("-inf"))
+    norm = (top + tl.log2(tl.where(total > 0, total, 1.0))) / 1.4426950408889634
+    out = tl.where(total > 0, norm, float("-inf"))
     tl.store(lse + (batch * heads + head) * q_len + m, out, mask=m < q_len)
 
 
@@ -102,8 +102,9 @@ def column_kernel(
 
 
 def _blocks(q_len: int, dim: int, dtype: torch.dtype) -> dict:
-    rows = 16 if q_len <= 16 else 32 if q_len <= 32 or (dim > 64 and dtype == torch.float32) else 64
-    return {"BLOCK_D": max(16, triton.next_power_of_2(dim)), "BLOCK_M": rows, "BLOCK_N": 64}
+    # float32 products run on the ordinary units, from registers: a larger tile spills
+    rows, keys = (16, 32) if dtype == torch.float32 else (16 if q_len <= 16 else 32 if q_len <= 32 else 64, 64)
+    return {"BLOCK_D": max(16, triton.next_power_of_2(dim)), "BLOCK_M": rows, "BLOCK_N": keys}
 
 
 def column_mass(
@@ -133,9 +134,7 @@ def column_mass(
     out = torch.empty(batch, heads, k_len, device=q.device, dtype=torch.float32)
     bound = lse if limit is None else limit.contiguous()
     grid = (triton.cdiv(k_len, blocks["BLOCK_N"]), batch * heads)
-    column_kernel[grid](
-        q, k, lse, live, bound, out, *shared, REDUCES[reduce], alive is not None, **blocks, num_warps=4
-    )
+    column_kernel[grid](q, k, lse, live, bound, out, *shared, REDUCES[reduce], alive is not None, **blocks, num_warps=4)
     return out
 
 

@@ -41,12 +41,15 @@ class Verdict(NamedTuple):
     note: str
 
     def __str__(self) -> str:
-        fields = [f"{name} {getattr(self, name)}" for name in ("baseline", "claimed", "measured", "band", "n")]
-        shown = [field for field in fields if not field.endswith(" ")]
+        fields = {name: getattr(self, name) for name in ("baseline", "claimed", "measured", "band", "n")}
+        shown = [f"{name} {value}" for name, value in fields.items() if value]
         return " | ".join([self.key, self.claim, self.kind, *shown, self.verdict, *([self.note] if self.note else [])])
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
         return {"text/plain": str(self), MIME: self._asdict()}
+
+    def _ipython_display_(self) -> None:
+        """Nothing more: `verdict` has shown the line, and a cell that ends in the call would show and count it twice."""
 
 
 def judge(value: float, band: str) -> bool:
@@ -54,20 +57,29 @@ def judge(value: float, band: str) -> bool:
 
     >>> judge(0.53, "<= 0.65"), judge(2.1, "2.0 +- 0.05"), judge(1.0, "0.9..1.1")
     (True, False, True)
+
+    Raises:
+        ValueError: a band of another form, or one that holds no number (`2..1`, `0 +- -1`).
     """
     value = float(value)
-    text = band.replace("±", "+-").strip()
+    text = str(band).replace("±", "+-").strip()
     if match := re.fullmatch(rf"(<=|>=|==|<|>)\s*({_NUMBER})", text):
         return not math.isnan(value) and _BANDS[match[1]](value, float(match[2]))
-    if match := re.fullmatch(rf"({_NUMBER})\s*\.\.\s*({_NUMBER})", text):
-        return float(match[1]) <= value <= float(match[2])
-    if match := re.fullmatch(rf"({_NUMBER})\s*\+-\s*({_NUMBER})", text):
-        return abs(value - float(match[1])) <= float(match[2])
+    match = re.fullmatch(rf"({_NUMBER})\s*\.\.\s*({_NUMBER})", text)
+    if match and (low := float(match[1])) <= (high := float(match[2])):
+        return low <= value <= high
+    match = re.fullmatch(rf"({_NUMBER})\s*\+-\s*({_NUMBER})", text)
+    if match and (slack := float(match[2])) >= 0:
+        return abs(value - float(match[1])) <= slack
     check.fail("verdict", f"band={band!r}", "'<= 0.65', '>= 2', '== 0', '0.9..1.1' or '2.0 +- 0.05'")
 
 
 def show(value, digits: int) -> str:
-    """A number to `digits` significant digits; text and None as they are; a mapping part by part."""
+    """A number to `digits` significant digits, whole numbers in full; text as it is, None as none; a mapping by parts.
+
+    >>> show(1234.5, 2), show(0.04567, 2), show(49152, 2), show({"k": 0.5, "v": 2.0}, 2)
+    ('1200', '0.046', '49152', 'k 0.5, v 2')
+    """
     if value is None:
         return ""
     if isinstance(value, str):
@@ -75,7 +87,10 @@ def show(value, digits: int) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {show(part, digits)}" for name, part in value.items())
     value = float(value)
-    return f"{int(value)}" if value == int(value) and abs(value) < 1e9 else f"{value:.{digits}g}"
+    if value.is_integer() and abs(value) < 1e9:
+        return f"{int(value)}"
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:.{max(digits, 6)}g}"  # so that 1234.5 is 1200 and not 1.2e+03
 
 
 def verdict(
@@ -134,7 +149,9 @@ def _emit(row: Verdict) -> None:
     if shell is None:
         print(row)
     else:
-        modules["IPython"].display.display(row._repr_mimebundle_(), raw=True)
+        from IPython.display import display
+
+        display(row._repr_mimebundle_(), raw=True)
 
 
 def table(key: str | None = None):

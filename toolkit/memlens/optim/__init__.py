@@ -1,0 +1,22 @@
+"""Optimizer state: low-rank views of the gradient, coded moments, and the optimizers made of them."""
+
+from importlib import import_module
+
+_HOMES = {
+    "Subspace": "projection", "pick_side": "projection", "svd_subspace": "projection", "gauss_subspace": "projection",
+    "project": "projection", "unproject": "projection",
+    "Moments": "moments", "adam_direction": "moments", "bias_correction": "moments", "norm_growth_limit": "moments",
+    "reset_moments": "moments",
+    "Codec": "lowbit", "CodedMoments": "lowbit", "Packed": "lowbit",
+    "dyn8": "lowbit", "dyn8_map": "lowbit", "plain": "lowbit",
+    "coded_adam_step": "lowbit", "coded_direction": "lowbit",
+    "ProjectedState": "galore", "galore_direction": "galore", "galore_step": "galore", "projected_direction": "galore",
+    "Projected": "projected", "projected_groups": "projected",
+}  # fmt: skip
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")

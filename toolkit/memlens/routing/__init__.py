@@ -1,0 +1,18 @@
+"""Mixtures of experts as a memory question: which experts a text needs, in what order, and what a cache of them saves."""
+
+from importlib import import_module
+
+_HOMES = {
+    "RoutingTrace": "trace", "record": "trace", "moefy": "trace", "join": "trace",
+    "topk_gate": "gate", "load_balance": "gate", "mix_experts": "gate",
+    "segment_counts": "consistency", "srp": "consistency", "srp_floor": "consistency", "sch": "consistency",
+    "shuffle_control": "consistency", "expert_specialization": "consistency",
+    "hit_curve": "caching", "simulate": "caching",
+}  # fmt: skip
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")

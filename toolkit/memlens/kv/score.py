@@ -1,0 +1,280 @@
+"""What a cached token is worth: column statistics of the attention matrix, without storing that matrix.
+
+    P_ij = exp(scale · q_i·k_j - lse_i)       for the keys j that row i may see, else 0
+    column_mass_j = Σ_i P_ij                  (or the mean, the largest, the last, the count above or below a threshold)
+
+Scores are per kv head, (B, Hkv, L): higher is kept. They are statistics for a selection, so no gradient flows through them.
+Source: arXiv:2306.14048 (the accumulated sum, H2O) and arXiv:2404.14469 (the window of last rows and the smoothing, SnapKV).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from memlens import backend, check
+
+__all__ = ["column_mass", "group_heads", "hit_rate", "retained_mass", "smooth", "surprisal"]
+
+REDUCES = ("sum", "mean", "max", "last", "count_above", "count_below")
+GROUPS = ("mean", "max", "sum", "none")
+TILE = 1 << 18  # probabilities held at a time by the torch form; a row is never split
+
+
+class Mass(NamedTuple):
+    """One call of `column_mass` after its checks, as each form receives it."""
+
+    q: Tensor  # (B, H, Lq, D)
+    k: Tensor  # (B, Hkv, L, D)
+    lse: Tensor | None  # (B, H, Lq), float32
+    alive: Tensor | None  # (B, Hkv, L), bool
+    limit: Tensor | None  # (B, Hkv, Lq), float32: the threshold of each row, for the counts
+    q_start: int
+    scale: float
+    reduce: str  # sum | max | count_above | count_below
+
+
+@torch.no_grad()
+def column_mass(
+    q: Tensor, k: Tensor, *, lse: Tensor | None = None, q_start: int | None = None, reduce: str = "sum",
+    threshold: float | str | None = None, group: str = "mean", alive: Tensor | None = None, scale: float | None = None,
+    form: str = "auto",
+) -> Tensor:  # fmt: skip
+    """How much attention each key gets from the given query rows: (B, Hkv, L) float32, higher = more.
+
+    Extra memory grows linearly with L, never as Lq x L.
+
+    Args:
+        q: (B, H, Lq, D); row i has index q_start + i among the keys and sees keys j <= q_start + i.
+        k: (B, Hkv, L, D), as cached (after RoPE); Hkv divides H.
+        lse: (B, H, Lq) natural log, where `attend` returned it already; saves one of the two passes.
+        q_start: default L - Lq, the rows that belong to the newest keys.
+        reduce: `sum`; `mean` over the rows that can see the key; `max`; `last` (the last row alone);
+            `count_above`, `count_below`: rows that see the key with a probability above, below `threshold`.
+        threshold: for the counts, a probability, or "1/t" for one over the number of keys that the row sees.
+        group: over the g = H / Hkv query heads of a kv head: `mean`, `max`, `sum`; `none` returns (B, H, L).
+        alive: (B, L) or (B, Hkv, L) bool; False takes a key out of the softmax (padding) and scores it 0.
+        scale: of the scores, default D ** -0.5.
+        form: "reference" (row by row), "torch" (blocks of rows), "triton" (the kernel), "auto".
+    Raises:
+        ValueError: shapes that disagree, rows beyond the last key, an unknown word, a threshold that is missing or
+            not wanted.
+        RuntimeError: form="triton" where it cannot run, saying why.
+    """
+    call = _checked(q, k, lse, q_start, reduce, threshold, group, alive, scale)
+    mass = _FORMS[backend.choose("column_mass", form, q, k)](call)
+    if reduce == "mean":
+        index = torch.arange(k.shape[2], device=k.device)
+        mass = mass / (q.shape[2] - (index - call.q_start).clamp(min=0)).clamp(min=1)
+    return group_heads(mass, k.shape[1], group)
+
+
+def group_heads(x: Tensor, kv_heads: int, how: str) -> Tensor:
+    """(B, H, L) per query head to (B, Hkv, L): `mean`, `max` or `sum` over each kv head's group; `none` returns x.
+
+    Raises:
+        ValueError: kv_heads that do not divide H, or an unknown word.
+    """
+    check.one_of("group_heads", GROUPS, group=how)
+    check.divides("group_heads", kv_heads=kv_heads, heads=x.shape[1])
+    if how == "none":
+        return x
+    grouped = x.unflatten(1, (kv_heads, -1))
+    return grouped.amax(2) if how == "max" else getattr(grouped, how)(2)
+
+
+def _checked(q, k, lse, q_start, reduce, threshold, group, alive, scale) -> Mass:
+    sizes = check.shapes(
+        "column_mass", q=(q, "batch heads q_len dim"), k=(k, "batch kv_heads k_len dim"), lse=(lse, "batch heads q_len")
+    )
+    check.divides("column_mass", kv_heads=sizes["kv_heads"], heads=sizes["heads"])
+    check.one_of("column_mass", REDUCES, reduce=reduce)
+    check.one_of("column_mass", GROUPS, group=group)
+    check.at_least("column_mass", 1, q_len=sizes["q_len"])
+    start = sizes["k_len"] - sizes["q_len"] if q_start is None else int(q_start)
+    if start < 0 or start + sizes["q_len"] > sizes["k_len"]:
+        came = f"rows {start} to {start + sizes['q_len'] - 1} of {sizes['k_len']} keys"
+        check.fail("column_mass", came, "every row's own key among k", "append the new keys first, or change q_start")
+    if (threshold is not None) != reduce.startswith("count"):
+        check.fail("column_mass", f"threshold={threshold!r} with reduce={reduce!r}", "a threshold for the counts, and only there")
+    if alive is not None:
+        alive = alive[:, None].expand(-1, sizes["kv_heads"], -1) if alive.ndim == 2 else alive
+        check.shapes("column_mass", alive=(alive, "batch kv_heads k_len"), k=(k, "batch kv_heads k_len dim"))
+    if reduce == "last":
+        start, q = start + sizes["q_len"] - 1, q[:, :, -1:]
+        lse = None if lse is None else lse[:, :, -1:]
+    limit = _limit(threshold, reduce, alive, start, q, k)
+    kind = "sum" if reduce in ("mean", "last") else reduce
+    return Mass(q, k, lse, alive, limit, start, q.shape[-1] ** -0.5 if scale is None else float(scale), kind)
+
+
+def _limit(threshold, reduce: str, alive: Tensor | None, start: int, q: Tensor, k: Tensor) -> Tensor | None:
+    if threshold is None:
+        return None
+    rows = (k.shape[0], k.shape[1], q.shape[2])
+    if threshold != "1/t":
+        if isinstance(threshold, str):
+            check.fail("column_mass", f"threshold={threshold!r}", "a number or '1/t'")
+        return torch.full(rows, float(threshold), device=q.device)
+    if alive is None:
+        seen = torch.arange(start + 1, start + 1 + q.shape[2], device=q.device).expand(rows)
+    else:
+        seen = alive.cumsum(-1)[..., start : start + q.shape[2]].clamp(min=1)
+    # a row with equal weights sits on 1/t exactly: rounding must not push it to either side
+    return (1 + 1e-5 if reduce == "count_above" else 1 - 1e-5) / seen
+
+
+def _reference(call: Mass) -> Tensor:
+    """The definition: all rows of P, then one reduction down each column. (B, H, L)"""
+    group = call.q.shape[1] // call.k.shape[1]
+    q, k = call.q.float(), call.k.float().repeat_interleave(group, 1)
+    alive = None if call.alive is None else call.alive.repeat_interleave(group, 1)
+    limit = None if call.limit is None else call.limit.repeat_interleave(group, 1)
+    index, columns = torch.arange(k.shape[2], device=k.device), []
+    for i in range(q.shape[2]):
+        seen = (index <= call.q_start + i).expand(k.shape[:3])
+        seen = seen if alive is None else seen & alive
+        score = (q[:, :, i, None] * k).sum(-1).mul(call.scale).masked_fill(~seen, -torch.inf)  # (B, H, L)
+        lse = score.logsumexp(-1) if call.lse is None else call.lse[:, :, i]
+        p = (score - lse[..., None]).exp().masked_fill(~seen, 0.0)
+        columns.append(_statistic(p, seen, None if limit is None else limit[:, :, i, None], call.reduce))
+    stacked = torch.stack(columns)
+    return stacked.amax(0) if call.reduce == "max" else stacked.sum(0)
+
+
+def _statistic(p: Tensor, seen: Tensor, limit: Tensor | None, reduce: str) -> Tensor:
+    if reduce == "count_above":
+        return (seen & (p > limit)).float()
+    if reduce == "count_below":
+        return (seen & (p < limit)).float()
+    return p
+
+
+def _torch(call: Mass) -> Tensor:
+    """Blocks of query rows against all the keys that they see; each block's probabilities live only while it is summed."""
+    (batch, heads, rows, dim), (kv_heads, length) = call.q.shape, call.k.shape[1:3]
+    group = heads // kv_heads
+    q = (call.q.float() * call.scale).unflatten(1, (kv_heads, group))
+    k = call.k.float().transpose(-1, -2)
+    total = torch.zeros(batch, kv_heads, group, length, device=q.device)
+    step = max(1, TILE // (batch * heads * length))
+    for first in range(0, rows, step):
+        stop = min(rows, first + step)
+        seen = call.q_start + stop  # keys that the block's last row sees
+        scores = (q[:, :, :, first:stop].flatten(2, 3) @ k[..., :seen]).unflatten(2, (group, stop - first))
+        p = _probabilities(scores, call, first, stop)
+        column = total[..., :seen]
+        if call.reduce == "max":
+            torch.maximum(column, p.amax(-2), out=column)
+        elif call.reduce == "sum":
+            column += p.sum(-2)
+        else:
+            column += _count(p, call, first, stop)
+    return total.flatten(1, 2)
+
+
+def _probabilities(scores: Tensor, call: Mass, first: int, stop: int) -> Tensor:
+    """Softmax over the keys of a block (B, Hkv, g, rows, keys); only its last `rows` keys need the causal mask."""
+    rows = stop - first
+    hidden = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu(1)
+    scores[..., -rows:].masked_fill_(hidden, -torch.inf)
+    if call.alive is not None:
+        scores.masked_fill_(~call.alive[:, :, None, None, : scores.shape[-1]], -torch.inf)
+    if call.lse is not None:
+        lse = call.lse[:, :, first:stop].unflatten(1, scores.shape[1:3])
+        return scores.sub_(lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp_()
+    p = scores.softmax(-1)
+    return p if call.alive is None else p.nan_to_num_(0.0)  # a row of padding sees nothing
+
+
+def _count(p: Tensor, call: Mass, first: int, stop: int) -> Tensor:
+    limit = call.limit[:, :, None, first:stop, None]
+    if call.reduce == "count_above":
+        return (p > limit).sum(-2)
+    below = p < limit
+    below[..., -p.shape[-2] :].tril_()
+    if call.alive is not None:
+        below &= call.alive[:, :, None, None, : p.shape[-1]]
+    return below.sum(-2)
+
+
+def _triton(call: Mass) -> Tensor:
+    from memlens_kernels.column_mass import column_mass as launch
+
+    alive = None if call.alive is None else call.alive.contiguous()
+    return launch(
+        call.q, call.k, lse=call.lse, alive=alive, limit=call.limit, q_start=call.q_start, scale=call.scale, reduce=call.reduce
+    )
+
+
+_FORMS = {"reference": _reference, "torch": _torch, "triton": _triton}
+
+
+def smooth(score: Tensor, kernel: int, pool: str = "max") -> Tensor:
+    """Each score pooled with its neighbours, so that a hit also keeps what stands beside it; same shape (..., L).
+
+    `pool`: "max", or "avg", which counts the zeros beyond both ends as SnapKV's code does. kernel=1 changes nothing.
+
+    Raises:
+        ValueError: an even or non-positive kernel, or an unknown pool.
+    """
+    check.one_of("smooth", ("max", "avg"), pool=pool)
+    if kernel < 1 or kernel % 2 == 0:
+        check.fail("smooth", f"kernel={kernel}", "an odd kernel of at least 1", "use an odd one: it has a middle")
+    if kernel == 1 or score.shape[-1] == 0:
+        return score
+    flat = score.reshape(1, -1, score.shape[-1])
+    pooled = (F.max_pool1d if pool == "max" else F.avg_pool1d)(flat, kernel, stride=1, padding=kernel // 2)
+    return pooled.view(score.shape)
+
+
+def surprisal(logits: Tensor, ids: Tensor, prev_logits: Tensor | None = None) -> Tensor:
+    """How unexpected each token was, -log P(ids[t] | logits at t-1): (B, L) nats, float32.
+
+    Args:
+        logits: (B, L, V); logits[:, t] predicts token t + 1.
+        ids: (B, L) int64.
+        prev_logits: (B, V), the logits before ids[:, 0]. Without them the first token gets +inf: it stays protected.
+    Raises:
+        ValueError: shapes that disagree.
+    """
+    sizes = check.shapes(
+        "surprisal", logits=(logits, "batch length vocab"), ids=(ids, "batch length"), prev_logits=(prev_logits, "batch vocab")
+    )
+    nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+    if prev_logits is None:
+        first = nll.new_full((sizes["batch"], 1), torch.inf)
+    else:
+        first = F.cross_entropy(prev_logits.float(), ids[:, 0], reduction="none")[:, None]
+    return torch.cat((first, nll), 1)
+
+
+def hit_rate(keep_idx: Tensor, p_future: Tensor, top: int) -> Tensor:
+    """Share of the `top` keys that later queries attend to most which were kept: (B, Hkv) in [0, 1].
+
+    Args:
+        keep_idx: (B, Hkv, b) int64 indices among the L keys.
+        p_future: (B, H, Lq, L) attention probabilities of later queries; summed over rows and each kv head's group.
+        top: how many keys count as the ones that mattered, 1 to L.
+    Raises:
+        ValueError: shapes that disagree, or top outside 1 to L.
+    """
+    mass = _future_mass("hit_rate", keep_idx, p_future)
+    check.within("hit_rate", 1, p_future.shape[-1], top=top)
+    wanted = mass.sort(-1, descending=True, stable=True).indices[..., :top]
+    kept = torch.zeros(mass.shape, device=mass.device).scatter_(-1, keep_idx, 1.0)
+    return kept.gather(-1, wanted).mean(-1)
+
+
+def retained_mass(keep_idx: Tensor, p: Tensor) -> Tensor:
+    """Share of the attention probability of `p` (B, H, Lq, L) that falls on kept keys: (B, Hkv) in [0, 1]."""
+    mass = _future_mass("retained_mass", keep_idx, p)
+    return mass.gather(-1, keep_idx).sum(-1) / mass.sum(-1).clamp(min=torch.finfo(mass.dtype).tiny)
+
+
+def _future_mass(op: str, keep_idx: Tensor, p: Tensor) -> Tensor:
+    check.shapes(op, keep_idx=(keep_idx, "batch kv_heads kept"), p=(p, "batch heads q_len k_len"))
+    return group_heads(p.float().sum(2), keep_idx.shape[1], "sum")

@@ -1,0 +1,76 @@
+"""The seven small models of the recall experiment: what they are made of, how they are trained, and their shipped weights.
+
+model = load("based")          # trained by datasets/mqar/make.py
+model = build("linear 8")      # fresh, for training it again
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from memlens import check
+from memlens.memory.hybrid import MixerSpec
+from memlens.models.mixers import mixer
+from memlens.models.tiny import Layer, TinyLM, load_checkpoint, train
+from memlens.tasks.mqar import mqar, mqar_batches, recall_accuracy
+
+__all__ = ["ARMS", "PAIRS", "build", "evaluate", "fit", "load"]
+
+WIDTH, HEADS, VOCAB, LENGTH = 64, 1, 256, 128
+PAIRS = (8, 16)
+
+_BASE = MixerSpec("softmax", WIDTH, HEADS, kernel=4)
+_WINDOW = _BASE._replace(kind="window", window=16)
+_LINEAR = {size: _BASE._replace(kind="linear", feature_dim=size) for size in (4, 8, 16)}
+_MAMBA = _BASE._replace(kind="mamba", states=16, expand=2)
+
+ARMS: dict[str, list[MixerSpec]] = {
+    "softmax": [_BASE, _BASE],
+    "window 16": [_WINDOW, _WINDOW],
+    "linear 4": [_LINEAR[4], _LINEAR[4]],
+    "linear 8": [_LINEAR[8], _LINEAR[8]],
+    "linear 16": [_LINEAR[16], _LINEAR[16]],
+    "based": [_LINEAR[16], _WINDOW],
+    "mamba 16": [_MAMBA, _MAMBA],
+}
+
+
+def build(arm: str, *, seed: int = 0) -> TinyLM:
+    """A fresh model of one arm; its weights are drawn from `seed`.
+
+    Raises:
+        ValueError: an unknown arm, naming the nearest.
+    """
+    check.one_of("mqar.build", ARMS, arm=arm)
+    layers = [Layer(mixer=mixer(spec), ffn=None) for spec in ARMS[arm]]
+    return TinyLM(layers, d=WIDTH, heads=HEADS, vocab=VOCAB, generator=torch.Generator().manual_seed(seed))
+
+
+def fit(model: TinyLM, *, steps: int = 400, batch: int = 64, lr: float = 3e-3, pairs=PAIRS, seed: int = 1) -> torch.Tensor:
+    """Train on batches of `pairs` in turn, drawn from `seed`; returns the loss of each step."""
+    generator = torch.Generator().manual_seed(seed)
+    return train(
+        model, mqar_batches(batch, pairs=pairs, length=LENGTH, vocab=VOCAB, generator=generator), steps=steps, lr=lr
+    )
+
+
+@torch.no_grad()
+def evaluate(model: TinyLM, *, pairs: int, count: int = 256, seed: int = 7) -> float:
+    """Share of queries answered right on rows that no training seed drew."""
+    tokens, targets = mqar(count, pairs=pairs, length=LENGTH, vocab=VOCAB, generator=torch.Generator().manual_seed(seed))
+    return recall_accuracy(model(tokens), targets)
+
+
+def load(arm: str) -> TinyLM:
+    """The shipped model of one arm.
+
+    Raises:
+        ValueError: an unknown arm; FileNotFoundError where the file is not there.
+    """
+    from memlens.data.cards import root
+
+    model = build(arm)
+    load_checkpoint(model, Path(root()) / "mqar" / f"{arm.replace(' ', '-')}.safetensors")
+    return model
