@@ -24,14 +24,50 @@ HERE = Path(__file__).parent
 STEPS, ROWS, SEED = 600, 8, 0
 PLAYS = ("hamlet", "julius_caesar", "lear", "macbeth", "midsummer", "othello", "romeo_and_juliet")  # not the tempest
 VERSE = 120_000  # tokens of Paradise Lost to train on; the rest is held out
-PYTHON = (
-    "argparse", "ast", "collections", "configparser", "copy", "csv", "dataclasses", "datetime", "decimal", "difflib",
+PYTHON = [
+    "argparse",
+    "ast",
+    "collections",
+    "configparser",
+    "copy",
+    "csv",
+    "dataclasses",
+    "datetime",
+    "decimal",
+    "difflib",
     "doctest",
-    "enum", "fractions", "functools", "gettext", "heapq", "inspect", "json.decoder", "logging", "mailbox", "optparse", "imaplib",
-    "pathlib", "pickle", "pprint", "random", "shutil", "socket", "statistics", "subprocess", "tarfile", "tempfile",
+    "enum",
+    "fractions",
+    "functools",
+    "gettext",
+    "heapq",
+    "inspect",
+    "json.decoder",
+    "logging",
+    "mailbox",
+    "optparse",
+    "imaplib",
+    "pathlib",
+    "pickle",
+    "pprint",
+    "random",
+    "shutil",
+    "socket",
+    "statistics",
+    "subprocess",
+    "tarfile",
+    "tempfile",
     "textwrap",
-    "threading", "tokenize", "traceback", "typing", "unittest.mock", "urllib.request", "uuid", "weakref", "zipfile",
-)  # fmt: skip
+    "threading",
+    "tokenize",
+    "traceback",
+    "typing",
+    "unittest.mock",
+    "urllib.request",
+    "uuid",
+    "weakref",
+    "zipfile",
+]
 
 
 def documents(tokenizer) -> dict[str, list[Tensor]]:

@@ -1,100 +1,43 @@
 """Attention kernels: forward, Δ, dK/dV and dQ, one program for a block of queries (or keys) of one head; no atomics.
 
-The forward folds key blocks into a running maximum, denominator and unnormalised output (online softmax) in powers of two:
-scores are multiplied by scale · log2(e) so that `exp2` gives the exponential. The backward recomputes a tile's probabilities
-from lse. Under `CAUSAL` key blocks past the diagonal are not visited, and only the blocks on it (and a ragged last block)
-are masked. The (q_len, k_len) matrix is never stored. Source: arXiv:2205.14135 and, for the loop order, arXiv:2307.08691.
+The forward folds key blocks into a running maximum, denominator and unnormalised output (online softmax) in powers of
+two: scores are multiplied by scale · log2(e) so that `exp2` gives the exponential. The backward recomputes a tile's
+probabilities from lse. Under `CAUSAL` key blocks past the diagonal are not visited, and only those on it (and a ragged
+last one) are masked. No (q_len, k_len) matrix is stored. Source: arXiv:2205.14135; the loop order is arXiv:2307.08691's.
 
 Shapes: q (B,H,Tq,D), k (B,Hkv,Tk,D), v (B,Hkv,Tk,Dv); query head h reads kv head h // (H / Hkv). Any strides over batch,
-head and row; the last axis is contiguous. Row i has position offset + i. lse is float32, natural log, -inf for a row that sees
-no key.
+head and row; the last axis is contiguous. Row i has position offset + i. lse is float32, natural log, -inf for a row that
+sees no key.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from itertools import product
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from memlens_kernels.tile import Tile
+from memlens_kernels.attention_config import DELTA_ROWS, LENGTH, Config, argument, config, target, work
+from memlens_kernels.attention_steps import (
+    LOG2E,
+    fold_gradient,
+    fold_keys,
+    fold_queries,
+    load_lse,
+    load_tile,
+    store_tile,
+    write_rows,
+)
+from memlens_kernels.tile import TARGETS, Tile
 
 __all__ = ["MAX_DIM", "attention_backward", "attention_forward", "tiles"]
 
 MAX_DIM = 256
-LOG2E = 1.4426950408889634
+AXES = ("batch", "head", "row")
 LENGTHS = ["q_len", "k_len", "offset"]  # not specialised: one binary serves every length
-
-
-@triton.jit
-def load_tile(
-    pointer, start, stride, bound, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, EDGE: tl.constexpr
-):  # fmt: skip
-    """ROWS rows from `start` of a (bound, DIM) matrix as (ROWS, BLOCK_DIM), zero where there is no row (EDGE) or no dim."""
-    rows, dims = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_DIM)[None, :]
-    # the long step is one 64-bit product; inside a tile 32 bits do
-    at = pointer + tl.cast(start, tl.int64) * stride + (rows * stride + dims)
-    if EDGE:
-        return tl.load(at, mask=(rows < bound - start) & (dims < DIM), other=0.0)
-    if DIM != BLOCK_DIM:
-        return tl.load(at, mask=dims < DIM, other=0.0)
-    return tl.load(at)
-
-
-@triton.jit
-def store_tile(pointer, value, start, bound, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """Write ROWS rows from `start` of a contiguous (bound, DIM) matrix."""
-    rows, dims = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_DIM)[None, :]
-    at = pointer + tl.cast(start, tl.int64) * DIM + (rows * DIM + dims)
-    tl.store(at, value.to(pointer.dtype.element_ty), mask=(rows < bound - start) & (dims < DIM))
-
-
-@triton.jit
-def hide(
-    scores, rows, keys, mask, mask_row, mask_key, q_len, k_len, offset,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
-    """Scores with -inf at the pairs that may not attend: past the end or the diagonal (EDGE), or False in the mask.
-
-    `rows` and `keys` are the indices along the two axes of the tile, one as a column and one as a row.
-    """
-    if EDGE:
-        seen = keys < k_len
-        if CAUSAL:
-            seen = seen & (keys <= offset + rows)
-        scores = tl.where(seen, scores, -float("inf"))
-    if MASK:
-        at = mask + tl.cast(rows, tl.int64) * mask_row + tl.cast(keys, tl.int64) * mask_key
-        allowed = tl.load(at, mask=(rows < q_len) & (keys < k_len), other=0)
-        scores = tl.where(allowed != 0, scores, -float("inf"))
-    return scores
-
-
-@triton.jit
-def fold_keys(
-    top, total, held, q_tile, k, v, k_row, v_row, mask, mask_row, mask_key, rows, first, last, q_len, k_len, offset, scale_log2,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The running softmax after key blocks first..last of one head."""
-    for start in tl.range(first, last, BLOCK_K):
-        keys = start + tl.arange(0, BLOCK_K)
-        k_tile = load_tile(k, start, k_row, k_len, BLOCK_K, DIM, BLOCK_D, EDGE)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
-        scores = hide(scores, rows[:, None], keys[None, :], mask, mask_row, mask_key, q_len, k_len, offset, CAUSAL, MASK, EDGE)
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        shift = new_top
-        if EDGE or MASK:  # a row that has seen nothing yet
-            shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weights = tl.exp2(scores - shift[:, None])
-        fade = tl.exp2(top - shift)
-        total = total * fade + tl.sum(weights, 1)
-        v_tile = load_tile(v, start, v_row, k_len, BLOCK_K, VALUE_DIM, BLOCK_V, EDGE)
-        held = tl.dot(weights.to(v_tile.dtype), v_tile, held * fade[:, None], input_precision=PRECISION)
-        top = new_top
-    return top, total, held
 
 
 @triton.jit
@@ -127,19 +70,17 @@ def forward_kernel(
     total = tl.zeros([BLOCK_Q], tl.float32)
     held = tl.zeros([BLOCK_Q, BLOCK_V], tl.float32)
     plain, last = key_range(first_row, k_len, offset, BLOCK_Q, BLOCK_K, CAUSAL)
-    top, total, held = fold_keys(
-        top, total, held, q_tile, k, v, k_row, v_row, mask, mask_row, mask_key, rows, 0, plain, q_len, k_len, offset,
-        scale_log2, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_K, CAUSAL, MASK, False, PRECISION,
-    )  # fmt: skip
-    top, total, held = fold_keys(
-        top, total, held, q_tile, k, v, k_row, v_row, mask, mask_row, mask_key, rows, plain, last, q_len, k_len, offset,
-        scale_log2, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_K, CAUSAL, MASK, True, PRECISION,
-    )  # fmt: skip
-    empty = total == 0.0
-    total = tl.where(empty, 1.0, total)
-    store_tile(out + head_id * q_len * VALUE_DIM, held / total[:, None], first_row, q_len, BLOCK_Q, VALUE_DIM, BLOCK_V)
-    natural = (top + tl.log2(total)) * 0.6931471805599453  # ln 2
-    tl.store(lse + head_id * q_len + rows, tl.where(empty, -float("inf"), natural), mask=rows < q_len)
+    for start in tl.range(0, plain, BLOCK_K):
+        top, total, held = fold_keys(
+            top, total, held, q_tile, k, v, k_row, v_row, mask, mask_row, mask_key, rows, start, q_len, k_len, offset,
+            scale_log2, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_K, CAUSAL, MASK, False, PRECISION,
+        )  # fmt: skip
+    for start in tl.range(plain, last, BLOCK_K):
+        top, total, held = fold_keys(
+            top, total, held, q_tile, k, v, k_row, v_row, mask, mask_row, mask_key, rows, start, q_len, k_len, offset,
+            scale_log2, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_K, CAUSAL, MASK, True, PRECISION,
+        )  # fmt: skip
+    write_rows(out, lse, top, total, held, head_id, first_row, q_len, VALUE_DIM, BLOCK_V, BLOCK_Q)
 
 
 @triton.jit(do_not_specialize=["q_len"])
@@ -161,36 +102,6 @@ def delta_kernel(
     if DLSE:
         value -= tl.load(dlse + at, mask=rows < q_len, other=0.0)
     tl.store(delta + at, value, mask=rows < q_len)
-
-
-@triton.jit
-def load_lse(lse, rows, q_len):
-    """lse in powers of two; +inf for a row that is not there or saw nothing, so that its probabilities are 0."""
-    value = tl.load(lse + rows, mask=rows < q_len, other=float("inf"))
-    return tl.where(value == -float("inf"), float("inf"), value * 1.4426950408889634)
-
-
-@triton.jit
-def fold_queries(
-    dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta, q_row, do_row, mask, mask_row, mask_key, keys, first, last,
-    q_len, k_len, offset, scale_log2,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_Q: tl.constexpr,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dK (before scale) and dV of a key block after query rows first..last of one head."""
-    for start in tl.range(first, last, BLOCK_Q):
-        rows = start + tl.arange(0, BLOCK_Q)
-        q_tile = load_tile(q, start, q_row, q_len, BLOCK_Q, DIM, BLOCK_D, True)
-        # the tile is (keys, queries): P and dS are made as they are multiplied
-        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale_log2
-        scores = hide(scores, rows[None, :], keys[:, None], mask, mask_row, mask_key, q_len, k_len, offset, CAUSAL, MASK, EDGE)
-        p = tl.exp2(scores - load_lse(lse, rows, q_len)[None, :])
-        do_tile = load_tile(dout, start, do_row, q_len, BLOCK_Q, VALUE_DIM, BLOCK_V, True)
-        dv_tile = tl.dot(p.to(do_tile.dtype), do_tile, dv_tile, input_precision=PRECISION)
-        dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
-        ds = p * (dp - tl.load(delta + rows, mask=rows < q_len, other=0.0)[None, :])
-        dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
-    return dk_tile, dv_tile
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -221,39 +132,20 @@ def dkdv_kernel(
         at = (batch * heads + head) * q_len
         q_at, do_at = q + batch * q_batch + head * q_head, dout + batch * do_batch + head * do_head
         mask_at = mask + batch * mask_batch + head * mask_head
-        dk_tile, dv_tile = fold_queries(
-            dk_tile, dv_tile, k_tile, v_tile, q_at, do_at, lse + at, delta + at, q_row, do_row, mask_at, mask_row, mask_key,
-            keys, first, tl.minimum(plain, q_len), q_len, k_len, offset, scale_log2,
-            DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_Q, CAUSAL, MASK, True, PRECISION,
-        )  # fmt: skip
-        dk_tile, dv_tile = fold_queries(
-            dk_tile, dv_tile, k_tile, v_tile, q_at, do_at, lse + at, delta + at, q_row, do_row, mask_at, mask_row, mask_key,
-            keys, plain, q_len, q_len, k_len, offset, scale_log2,
-            DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_Q, CAUSAL, MASK, False, PRECISION,
-        )  # fmt: skip
+        for start in tl.range(first, tl.minimum(plain, q_len), BLOCK_Q):
+            dk_tile, dv_tile = fold_queries(
+                dk_tile, dv_tile, k_tile, v_tile, q_at, do_at, lse + at, delta + at, q_row, do_row, mask_at, mask_row,
+                mask_key, keys, start, q_len, k_len, offset, scale_log2,
+                DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_Q, CAUSAL, MASK, True, PRECISION,
+            )  # fmt: skip
+        for start in tl.range(plain, q_len, BLOCK_Q):
+            dk_tile, dv_tile = fold_queries(
+                dk_tile, dv_tile, k_tile, v_tile, q_at, do_at, lse + at, delta + at, q_row, do_row, mask_at, mask_row,
+                mask_key, keys, start, q_len, k_len, offset, scale_log2,
+                DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_Q, CAUSAL, MASK, False, PRECISION,
+            )  # fmt: skip
     store_tile(dk + kv_id * k_len * DIM, dk_tile * scale, first_key, k_len, BLOCK_K, DIM, BLOCK_D)
     store_tile(dv + kv_id * k_len * VALUE_DIM, dv_tile, first_key, k_len, BLOCK_K, VALUE_DIM, BLOCK_V)
-
-
-@triton.jit
-def fold_query_gradient(
-    dq_tile, q_tile, do_tile, lse_row, delta_row, k, v, k_row, v_row, mask, mask_row, mask_key, rows, first, last,
-    q_len, k_len, offset, scale_log2,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dQ (before scale) of a query block after key blocks first..last."""
-    for start in tl.range(first, last, BLOCK_K):
-        keys = start + tl.arange(0, BLOCK_K)
-        k_tile = load_tile(k, start, k_row, k_len, BLOCK_K, DIM, BLOCK_D, EDGE)
-        v_tile = load_tile(v, start, v_row, k_len, BLOCK_K, VALUE_DIM, BLOCK_V, EDGE)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2
-        scores = hide(scores, rows[:, None], keys[None, :], mask, mask_row, mask_key, q_len, k_len, offset, CAUSAL, MASK, EDGE)
-        p = tl.exp2(scores - lse_row[:, None])
-        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
-        ds = p * (dp - delta_row[:, None])
-        dq_tile = tl.dot(ds.to(k_tile.dtype), k_tile, dq_tile, input_precision=PRECISION)
-    return dq_tile
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -271,41 +163,24 @@ def dq_kernel(
     v += batch * v_batch + head // group * v_head
     mask += batch * mask_batch + head * mask_head
     q_tile = load_tile(q + batch * q_batch + head * q_head, first_row, q_row, q_len, BLOCK_Q, DIM, BLOCK_D, True)
-    do_tile = load_tile(dout + batch * do_batch + head * do_head, first_row, do_row, q_len, BLOCK_Q, VALUE_DIM, BLOCK_V, True)
+    do_tile = load_tile(
+        dout + batch * do_batch + head * do_head, first_row, do_row, q_len, BLOCK_Q, VALUE_DIM, BLOCK_V, True
+    )
     lse_row = load_lse(lse + head_id * q_len, rows, q_len)
     delta_row = tl.load(delta + head_id * q_len + rows, mask=rows < q_len, other=0.0)
     plain, last = key_range(first_row, k_len, offset, BLOCK_Q, BLOCK_K, CAUSAL)
     dq_tile = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    dq_tile = fold_query_gradient(
-        dq_tile, q_tile, do_tile, lse_row, delta_row, k, v, k_row, v_row, mask, mask_row, mask_key, rows, 0, plain,
-        q_len, k_len, offset, scale_log2, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_K, CAUSAL, MASK, False, PRECISION,
-    )  # fmt: skip
-    dq_tile = fold_query_gradient(
-        dq_tile, q_tile, do_tile, lse_row, delta_row, k, v, k_row, v_row, mask, mask_row, mask_key, rows, plain, last,
-        q_len, k_len, offset, scale_log2, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_K, CAUSAL, MASK, True, PRECISION,
-    )  # fmt: skip
+    for start in tl.range(0, plain, BLOCK_K):
+        dq_tile = fold_gradient(
+            dq_tile, q_tile, do_tile, lse_row, delta_row, k, v, k_row, v_row, mask, mask_row, mask_key, rows, start,
+            q_len, k_len, offset, scale_log2, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_K, CAUSAL, MASK, False, PRECISION,
+        )  # fmt: skip
+    for start in tl.range(plain, last, BLOCK_K):
+        dq_tile = fold_gradient(
+            dq_tile, q_tile, do_tile, lse_row, delta_row, k, v, k_row, v_row, mask, mask_row, mask_key, rows, start,
+            q_len, k_len, offset, scale_log2, DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_K, CAUSAL, MASK, True, PRECISION,
+        )  # fmt: skip
     store_tile(dq + head_id * q_len * DIM, dq_tile * scale, first_row, q_len, BLOCK_Q, DIM, BLOCK_D)
-
-
-class Config(NamedTuple):
-    block_q: int
-    block_k: int
-    warps: int
-    stages: int
-
-
-def config(kernel: str, dim: int, size: int) -> Config:
-    """Tile, warps and stages of "forward", "dkdv" or "dq" for a padded dim and `size` bytes an element."""
-    if size > 2 or dim > 128:
-        return Config(32, 32, 4, 1) if kernel != "forward" or dim > 128 else Config(64, 32, 4, 2)
-    return CONFIGS[kernel, max(64, dim)]
-
-
-CONFIGS = {
-    ("forward", 64): Config(128, 64, 4, 3), ("forward", 128): Config(128, 64, 8, 3),
-    ("dkdv", 64): Config(64, 64, 4, 2), ("dkdv", 128): Config(64, 64, 8, 2),
-    ("dq", 64): Config(64, 64, 4, 2), ("dq", 128): Config(64, 64, 8, 2),
-}  # fmt: skip
 
 
 def _block(dim: int) -> int:
@@ -317,7 +192,9 @@ def _rows_apart(*tensors: Tensor) -> list[Tensor]:
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
-def _shared(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, offset: int) -> dict[str, Any]:
+def _shared(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, offset: int
+) -> dict[str, Any]:
     """The arguments that forward, dK/dV and dQ have in common."""
     strides = {f"{name}_{axis}": x.stride(i) for name, x in (("q", q), ("k", k), ("v", v)) for i, axis in enumerate(AXES)}
     full = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
@@ -326,13 +203,10 @@ def _shared(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, 
     return strides | {
         "q": q, "k": k, "v": v, "mask": q if full is None else full.view(torch.uint8),
         "heads": q.shape[1], "group": q.shape[1] // k.shape[1], "q_len": q.shape[2], "k_len": k.shape[2], "offset": offset,
-        "scale_log2": scale * LOG2E, "DIM": q.shape[-1], "VALUE_DIM": v.shape[-1], "BLOCK_D": _block(q.shape[-1]),
+        "scale_log2": scale * LOG2E.value, "DIM": q.shape[-1], "VALUE_DIM": v.shape[-1], "BLOCK_D": _block(q.shape[-1]),
         "BLOCK_V": _block(v.shape[-1]), "CAUSAL": causal, "MASK": full is not None,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }  # fmt: skip
-
-
-AXES = ("batch", "head", "row")
 
 
 def attention_forward(
@@ -345,7 +219,8 @@ def attention_forward(
     q, k, v = _rows_apart(q, k, v)
     out = q.new_empty((*q.shape[:3], v.shape[-1]))
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    tile = config("forward", max(_block(q.shape[-1]), _block(v.shape[-1])), q.element_size())
+    width = max(_block(q.shape[-1]), _block(v.shape[-1]))
+    tile = config("forward", width, q.element_size(), target(q))
     grid = (triton.cdiv(q.shape[2], tile.block_q), q.shape[0] * q.shape[1])
     forward_kernel[grid](
         out=out, lse=lse, **_shared(q, k, v, mask, scale, causal, offset), BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k,
@@ -373,69 +248,37 @@ def attention_backward(
     shared = _shared(q, k, v, mask, scale, causal, offset) | dout_strides
     shared |= {"lse": lse, "delta": delta, "dout": dout, "scale": scale}
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    tile = config("dkdv", width, q.element_size())
+    tile = config("dkdv", width, q.element_size(), target(q))
     dkdv_kernel[(triton.cdiv(k_len, tile.block_k), batch * kv_heads)](
         dk=dk, dv=dv, **shared, BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, num_warps=tile.warps, num_stages=tile.stages
     )
-    tile = config("dq", width, q.element_size())
+    tile = config("dq", width, q.element_size(), target(q))
     dq_kernel[(triton.cdiv(q_len, tile.block_q), batch * heads)](
         dq=dq, **shared, BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, num_warps=tile.warps, num_stages=tile.stages
     )
     return dq, dk, dv
 
 
-DELTA_ROWS = 64
-
-
 def tiles() -> list[Tile]:
     """Every shipped tile: float16 and bfloat16, dims 64 and 128, causal, forward and the three backward kernels."""
-    return [make(dtype, dim) for dtype in ("fp16", "bf16") for dim in (64, 128) for make in (_forward, _delta, _dkdv, _dq)]
+    shapes = [(dtype, dim) for dtype in ("fp16", "bf16") for dim in (64, 128)]
+    made = [_tile("delta", dtype, dim, Config(DELTA_ROWS, DELTA_ROWS, 4, 1), TARGETS) for dtype, dim in shapes]
+    for (dtype, dim), name in product(shapes, ("forward", "dkdv", "dq")):
+        picked = {on: config(name, dim, 2, on) for on in TARGETS}
+        for tile in dict.fromkeys(picked.values()):
+            made.append(_tile(name, dtype, dim, tile, tuple(on for on in TARGETS if picked[on] == tile)))
+    return made
 
 
-def _tile(kernel: Any, name: str, dtype: str, dim: int, tile: Config, *, flops: int, elements: int) -> Tile:
+def _tile(name: str, dtype: str, dim: int, tile: Config, targets: tuple[str, ...]) -> Tile:
+    kernel = {"forward": forward_kernel, "delta": delta_kernel, "dkdv": dkdv_kernel, "dq": dq_kernel}[name]
     given = {
         "DIM": dim, "VALUE_DIM": dim, "BLOCK_D": dim, "BLOCK_V": dim, "BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k,
         "CAUSAL": True, "MASK": False, "PRECISION": "tf32", "DLSE": True,
     }  # fmt: skip
     constants = {name: given[name] for name in kernel.arg_names if name in given}
-    signature = {name: "constexpr" if name in constants else _kind(name, dtype) for name in kernel.arg_names}
+    signature = {name: "constexpr" if name in constants else argument(name, dtype) for name in kernel.arg_names}
+    flops, bytes_moved = work(name, dim, tile)
     label = f"{name} {dtype} D{dim} {tile.block_q}x{tile.block_k} causal"
-    return Tile(kernel, label, signature, constants, tile.warps, tile.stages, flops, 2 * elements, f"length {LENGTH}, last block")
-
-
-LENGTH = 4096  # at which flops and bytes of a tile are counted
-
-
-def _kind(name: str, dtype: str) -> str:
-    if name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv"):
-        return f"*{dtype}"
-    if name in ("lse", "dlse", "delta"):
-        return "*fp32"
-    return "*u8" if name == "mask" else "fp32" if name.startswith("scale") else "i32"
-
-
-def _forward(dtype: str, dim: int) -> Tile:
-    tile = config("forward", dim, 2)
-    elements = 2 * (tile.block_q + LENGTH) * dim + 2 * tile.block_q
-    return _tile(
-        forward_kernel, "forward", dtype, dim, tile, flops=4 * tile.block_q * LENGTH * dim, elements=elements
-    )  # fmt: skip
-
-
-def _delta(dtype: str, dim: int) -> Tile:
-    tile = Config(DELTA_ROWS, DELTA_ROWS, 4, 1)
-    return _tile(
-        delta_kernel, "delta", dtype, dim, tile, flops=2 * DELTA_ROWS * dim, elements=2 * DELTA_ROWS * dim + 4 * DELTA_ROWS
-    )
-
-
-def _dkdv(dtype: str, dim: int) -> Tile:
-    tile = config("dkdv", dim, 2)
-    elements = (4 * tile.block_k + 2 * LENGTH) * dim + 4 * LENGTH
-    return _tile(dkdv_kernel, "dkdv", dtype, dim, tile, flops=8 * tile.block_k * LENGTH * dim, elements=elements)
-
-
-def _dq(dtype: str, dim: int) -> Tile:
-    tile = config("dq", dim, 2)
-    elements = (3 * tile.block_q + 2 * LENGTH) * dim + 4 * tile.block_q
-    return _tile(dq_kernel, "dq", dtype, dim, tile, flops=6 * tile.block_q * LENGTH * dim, elements=elements)
+    at = f"length {LENGTH}, the block that sees all"
+    return Tile(kernel, label, signature, constants, tile.warps, tile.stages, flops, bytes_moved, at, targets)

@@ -103,7 +103,10 @@ def column_kernel(
 
 def _blocks(q_len: int, dim: int, dtype: torch.dtype) -> dict:
     # float32 products run on the ordinary units, from registers: a larger tile spills
-    rows, keys = (16, 32) if dtype == torch.float32 else (16 if q_len <= 16 else 32 if q_len <= 32 else 64, 64)
+    if dtype == torch.float32:
+        rows, keys = 16, 32 if dim <= 64 else 16
+    else:
+        rows, keys = 16 if q_len <= 16 else 32 if q_len <= 32 else 64, 64
     return {"BLOCK_D": max(16, triton.next_power_of_2(dim)), "BLOCK_M": rows, "BLOCK_N": keys}
 
 
@@ -143,22 +146,21 @@ def _signature(kernel, dtype: str, constants: dict) -> dict[str, str]:
     return {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
 
 
+def _tile(kernel, dtype: str, dim: int, rows: int, length: int) -> Tile:
+    blocks = _blocks(rows, dim, torch.float32 if dtype == "fp32" else torch.float16)
+    m, n, size = blocks["BLOCK_M"], blocks["BLOCK_N"], 4 if dtype == "fp32" else 2
+    column = kernel is column_kernel
+    own, other = (n, rows) if column else (m, length)
+    constants = {"DIM": dim, "HAS_ALIVE": False, **blocks, **({"REDUCE": REDUCES["sum"]} if column else {})}
+    moved = (own + other) * dim * size + own * 4 + (other * 4 if column else 0)
+    label = f"{'column' if column else 'lse'} {dtype} D{dim} {m}x{n}"
+    return Tile(
+        kernel, label, _signature(kernel, f"*{dtype}", constants), constants, 4, 3,
+        2 * own * other * dim, moved, f"{rows} rows, {length} keys",
+    )  # fmt: skip
+
+
 def tiles() -> list[Tile]:
-    """The shipped tiles: a whole prompt's rows (sum) and an observation window, in half and single precision."""
-    shapes = [("fp16", 64, 4096, 4096), ("fp16", 128, 4096, 4096), ("fp32", 64, 4096, 4096), ("bf16", 64, 32, 4096)]
-    out = []
-    for dtype, dim, rows, length in shapes:
-        size, wide = (4, torch.float32) if dtype == "fp32" else (2, torch.float16)
-        blocks = _blocks(rows, dim, wide)
-        m, n = blocks["BLOCK_M"], blocks["BLOCK_N"]
-        for kernel, other, fixed in ((lse_kernel, length, m), (column_kernel, rows, n)):
-            constants = {"DIM": dim, "HAS_ALIVE": False, **blocks}
-            if kernel is column_kernel:
-                constants["REDUCE"] = REDUCES["sum"]
-            label = f"{kernel.__name__.removesuffix('_kernel')} {dtype} D{dim} {m}x{n}"
-            out.append(Tile(
-                kernel, label, _signature(kernel, f"*{dtype}", constants), constants, 4, 3,
-                2 * fixed * other * dim, (fixed + other) * dim * size + fixed * 4 + (other * 4 if kernel is column_kernel else 0),
-                f"{rows} rows, {length} keys",
-            ))  # fmt: skip
-    return out
+    """The shipped tiles: all rows of a prompt, and an observation window of 32 rows."""
+    shapes = [("fp16", 64, 4096), ("fp16", 128, 4096), ("fp32", 64, 4096), ("fp32", 128, 4096), ("bf16", 64, 32)]
+    return [_tile(kernel, dtype, dim, rows, 4096) for dtype, dim, rows in shapes for kernel in (lse_kernel, column_kernel)]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+SHOTS = ROOT / "build" / "screenshots"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -23,11 +25,12 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 HARMLESS = ("ResizeObserver loop",)
 WIDE, HIGH = 1280, 1000
 INDICATOR = ".jp-Notebook-ExecutionIndicator"
+ERRORS = """document.querySelectorAll('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]')"""
 PROMPTS = """() => [...document.querySelectorAll('.jp-Notebook .jp-CodeCell')]
     .filter(cell => cell.querySelector('.cm-content').textContent.trim())
     .map(cell => cell.querySelector('.jp-InputPrompt').textContent)"""
-RUNNING = f"() => ({PROMPTS})().some(text => text.includes('[*]'))"
-DONE = f"() => ({PROMPTS})().every(text => !text.includes('*'))"
+STARTED = f"() => ({PROMPTS})().some(text => /\\[[*0-9]/.test(text))"
+DONE = f"() => ({PROMPTS})().every(text => /\\[\\d+\\]/.test(text)) || ({ERRORS}).length > 0"
 
 
 @pytest.fixture(scope="session")
@@ -100,14 +103,24 @@ def _wait_for(url: str, server: subprocess.Popen, log: Path, seconds: float = 90
     pytest.fail("JupyterLab did not start:\n" + log.read_text()[-3000:])
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    item.went_wrong = report.failed or getattr(item, "went_wrong", False)
+    return report
+
+
 @pytest.fixture
-def reader(chromium, lab):
-    """A `Reader` at a page that may speak with loopback only."""
+def reader(chromium, lab, request):
+    """A `Reader` at a page that may speak with loopback only; what it saw last is kept when the test fails."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as player:
         browser = player.chromium.launch(executable_path=chromium, args=list(FLAGS))
-        yield Reader(browser.new_page(viewport={"width": WIDE, "height": HIGH}), *lab)
+        reader = Reader(browser.new_page(viewport={"width": WIDE, "height": HIGH}), *lab)
+        yield reader
+        if request.node.went_wrong:
+            reader.page.screenshot(path=SHOTS / f"failed-{re.sub('[^a-z0-9]+', '-', request.node.name)}.png")
         browser.close()
 
 
@@ -138,11 +151,16 @@ class Reader:
             self.page.keyboard.press("Control+b")
 
     def run_all(self, seconds: float = 240) -> None:
-        """Run > Restart Kernel and Run All Cells; fails where a cell shows an error or writes to stderr."""
+        """Run > Run All Cells; fails where a cell shows an error or writes to stderr."""
         self.page.click('.lm-MenuBar-itemLabel:text-is("Run")')
-        self.page.click('.lm-Menu-itemLabel:text("Restart Kernel and Run All Cells")')
-        self.page.click('.jp-Dialog button:has-text("Restart")')
-        self.page.wait_for_function(RUNNING, timeout=30_000)
+        self.page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
+        chosen = self.page.locator(".jp-Dialog button.jp-mod-accept")  # asked for on a busy machine: the kernel is offered
+        for _ in range(100):
+            if chosen.count():
+                chosen.first.click()
+            if self.page.evaluate(f"({STARTED})()"):
+                break
+            self.page.wait_for_timeout(200)
         self.page.wait_for_function(DONE, timeout=seconds * 1000)
         self.page.wait_for_selector(f"{INDICATOR}[data-status='idle']", timeout=60_000)
         for kind in ("error", "stderr"):
@@ -181,9 +199,14 @@ class Reader:
 
     def whole(self, path: Path) -> None:
         """A screenshot of the whole notebook: the window grows to its length."""
-        tall = self.page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollHeight")
+        outer = "document.querySelector('.jp-WindowedPanel-outer')"
+        tall = self.page.evaluate(
+            f"Math.max(...[...{outer}.querySelectorAll('.jp-Cell')].map(c => c.offsetTop + c.offsetHeight))"
+        )
         self.page.set_viewport_size({"width": WIDE, "height": min(int(tall) + 160, 16_000)})
-        self.page.wait_for_timeout(1500)
+        self.page.wait_for_timeout(1000)
+        self.page.evaluate(f"{outer}.scrollTop = 0")
+        self.page.wait_for_timeout(1000)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.page.screenshot(path=path)
         self.page.set_viewport_size({"width": WIDE, "height": HIGH})

@@ -73,8 +73,8 @@ def test_belady_is_the_best_there_is(capacity, generator):
 
 def test_by_hand():
     requests = torch.tensor([0, 1, 2, 0, 1]).view(1, 5, 1)
-    hits = {policy: simulate(requests, 3, 2, policy, future=2 if policy == "segment" else None).hits.int().flatten().tolist()
-            for policy in ("lru", "lfu", "belady", "segment", "fixed")}  # fmt: skip
+    logs = {policy: simulate(requests, 3, 2, policy, future=2 if policy == "segment" else None) for policy in POLICIES}
+    hits = {policy: log.hits.int().flatten().tolist() for policy, log in logs.items()}
     assert hits["lru"] == [1, 1, 0, 0, 0]  # two free fills, then always the one just thrown out
     assert hits["lfu"] == [1, 1, 0, 0, 0]  # equal counts: the least recent goes
     assert hits["belady"] == [1, 1, 0, 1, 0]

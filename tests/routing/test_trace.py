@@ -5,7 +5,8 @@ import torch
 
 from memlens.models.tiny import SwiGLU
 from memlens.models.tiny_moe import build
-from memlens.routing.trace import RoutingTrace, balanced_kmeans, check_trace, find_routers, join, moefy, record
+from memlens.routing.oracle import balanced_kmeans, moefy
+from memlens.routing.trace import RoutingTrace, check_trace, find_routers, join, record, reroute
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2,
          "num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 64}  # fmt: skip
@@ -106,6 +107,27 @@ def test_balanced_kmeans_finds_separate_groups(generator):
     groups = balanced_kmeans(rows, 4, generator=torch.Generator().manual_seed(1))
     kinds = rows.argmax(1)[groups]
     assert (kinds == kinds[:, :1]).all()
+
+
+def test_rerouting_is_recording_with_the_other_router(generator, close):
+    model = build("dense_first", generator=generator)
+    one, other = (moefy(model.blocks[0].ffn, 8, k, generator=generator)[1] for k in (3, 2))
+    ids = torch.randint(4096, (2, 5), generator=generator)
+    trace, want = (record(model, ids, router={"blocks.0.ffn": router}) for router in (one, other))
+    got = reroute(trace, [other])
+    assert torch.equal(got.experts, want.experts)
+    close(got.logits, want.logits)
+    assert got.top_k == 2
+    with pytest.raises(ValueError, match="reroute: 2 routers"):
+        reroute(trace, [one, other])
+
+
+def test_xarray_and_back(generator):
+    trace = a_trace(generator, labels=("a", "b"))._replace(logits=torch.randn(2, 9, 3, 8, generator=generator))
+    back = RoutingTrace.from_xarray(trace.to_xarray())
+    assert torch.equal(back.experts, trace.experts)
+    assert torch.equal(back.logits, trace.logits)
+    assert back[2:] == trace[2:]
 
 
 def test_cut_join_and_label(generator):

@@ -60,6 +60,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | 
     check.divides("attend", kv_heads=sizes["kv_heads"], heads=sizes["heads"])
     check.same_dtype("attend", q=q, k=k, v=v)
     check.layout("attend", sizes["heads"], sizes["q_len"])
+    check.at_least("attend", 1, **{axis: sizes[axis] for axis in ("batch", "heads", "dim", "value_dim")})
     if not q.is_floating_point():
         check.fail("attend", f"q is {q.dtype}", "a floating dtype", error=TypeError)
     scores = (sizes["batch"], sizes["heads"], sizes["q_len"], sizes["k_len"])

@@ -86,11 +86,22 @@ def _run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call, piece
     out, lse = operator(*inputs, 0.0, piece.causal, attn_mask=tile, scale=call.scale)
     if tile is not None and (empty := (tile == -torch.inf).all(-1)).any():
         lse = lse.masked_fill(empty, -torch.inf)
+    return _unmask_nan(out, lse, inputs[0], inputs[1], tile)
+
+
+def _unmask_nan(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, tile: Tensor | None) -> tuple[Tensor, Tensor]:
+    """NaN where the operator hides it: a row whose scores are all NaN comes back as out = 0, lse = 0."""
+    silent = lse == 0
+    # the inputs are read only where a row may be one, so that the usual call pays for one comparison of lse
+    if silent.any() and not (q.isfinite().all() and k.isfinite().all() and (tile is None or not tile.isnan().any())):
+        silent &= (out == 0).all(-1)
+        out, lse = out.masked_fill(silent[..., None], torch.nan), lse.masked_fill(silent, torch.nan)
     return out, lse
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call, out: Tensor, lse: Tensor, dout: Tensor,
+    dlse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, None]:  # fmt: skip
     """Gradients of q, k and v; a bias that needs its own goes through `memlens.attention.tiled`."""
     dim, value_dim = q.shape[-1], v.shape[-1]

@@ -37,7 +37,9 @@ def attention_io(
     check.at_least("attention_io", 1, n=n, d=d, sram=sram, block_q=block_q or 1, block_k=block_k or 1)
     check.within("attention_io", 0.0, 1.0, density=density)
     if algo == "standard" and density != 1:
-        check.fail("attention_io", f"density={density} with standard", "density=1", "standard attention has no blocks to skip")
+        check.fail(
+            "attention_io", f"density={density} with standard", "density=1", "standard attention has no blocks to skip"
+        )
     keys = block_k or math.ceil(sram / (4 * d))
     rows = block_q or min(math.ceil(sram / (4 * d)), d)
     reads, writes = _COUNTS[algo](n, d, rows, keys, density)

@@ -68,7 +68,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) ->
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call, out: Tensor, lse: Tensor, dout: Tensor,
+    dlse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of q, k, v and, where it asks for one, bias."""
     wide = torch.promote_types(q.dtype, torch.float32)

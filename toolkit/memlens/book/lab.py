@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 __all__ = ["OFFLINE", "command"]
 
 OFFLINE = (
+    f"--LabApp.app_settings_dir={Path(__file__).with_name('settings')}",  # so that no one is asked about news or updates
     "--LabApp.news_url=None",  # no news feed
     "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
     "--LabApp.extension_manager=readonly",  # lists what is installed, asks no registry

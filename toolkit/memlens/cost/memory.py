@@ -105,7 +105,7 @@ def llama_weights(config: Any) -> list[Weight]:
     return [*found, Weight("norm", (d,), 2 * layers + 1, False)]
 
 
-# elements of (projector, moments) for one matrix with short side s, long side l at rank r; source: arXiv:2403.03507, table 1
+# elements of (projector, moments) for one matrix: short side s, long side l, rank r; source: arXiv:2403.03507, table 1
 _KEPT = {
     "sgd": lambda s, l, r: (0, s * l),  # one momentum
     "adam": lambda s, l, r: (0, 2 * s * l),
@@ -121,7 +121,7 @@ def optimizer_bytes(
 
     Args:
         config: `Llama`, a transformers config, or a list of `Weight`.
-        method: "sgd" (with momentum), "adam", "lora" or "galore"; embeddings, head and norms always keep sgd's or Adam's moments.
+        method: "sgd" (with momentum), "adam", "lora" or "galore". Embeddings, head and norms keep sgd's or Adam's moments.
         rank: of "lora" and "galore", capped at each matrix's short side.
         moment_bytes: of one number: 4, 2, or 1 + 4 / 256 for dyn8 with its block maxima.
         projector_bytes: of one number of a projector; only galore has them.
@@ -154,7 +154,7 @@ def training_bytes(
     Args:
         config, method, options: as `optimizer_bytes`.
         weight_bytes, gradient_bytes: of one number.
-        layerwise: update each weight inside backward and free its gradient, so that one gradient lives at a time: the largest.
+        layerwise: update each weight inside backward and free its gradient: at most one is alive, so the largest counts.
         activations: bytes, as measured or taken from elsewhere.
     Raises:
         ValueError: as `optimizer_bytes`.
@@ -163,6 +163,5 @@ def training_bytes(
     state = optimizer_bytes(weights, method, **options)
     everything = sum(weight.numel for weight in weights)
     alive = max(weight.numel // weight.count for weight in weights) if layerwise else everything
-    return {
-        "weights": round(everything * weight_bytes), "gradients": round(alive * gradient_bytes), "activations": activations, **state
-    }  # fmt: skip
+    weight, gradient = round(everything * weight_bytes), round(alive * gradient_bytes)
+    return {"weights": weight, "gradients": gradient, "activations": activations, **state}

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from memlens import check
 
-__all__ = ["Card", "folders", "hashes", "read", "root", "update", "verified", "verify"]
+__all__ = ["Card", "files", "folders", "hashes", "read", "root", "update", "verified", "verify"]
 
 BLOCK = re.compile(r"^```toml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TABLE = re.compile(r"^\[sha256\]\n.*\Z", re.MULTILINE | re.DOTALL)
@@ -56,14 +56,17 @@ def root() -> Path:
 
 def folders() -> list[str]:
     """The names of the data sets: every folder under `root()` that holds a file."""
-    return sorted(path.name for path in root().iterdir() if path.is_dir() and any(_files(path)))
+    return sorted(path.name for path in root().iterdir() if path.is_dir() and any(_listed(path)))
 
 
-def _files(folder: Path) -> list[Path]:
-    """The files that a card must list: all but the card, the scripts and what Python and unfinished writes leave."""
-    found = (path for path in folder.rglob("*") if path.is_file())
-    skipped = {"README.md"}
-    return sorted(p for p in found if p.name not in skipped and p.suffix not in {".py", ".pyc", ".partial"})
+def files(folder: str | Path) -> list[Path]:
+    """The files of a data set that its card must list: all but the card, scripts and what unfinished writes leave."""
+    return _listed(root() / folder)
+
+
+def _listed(folder: Path) -> list[Path]:
+    found = (path for path in folder.rglob("*") if path.is_file() and path != folder / "README.md")
+    return sorted(path for path in found if path.suffix not in {".py", ".pyc", ".partial"})
 
 
 def read(folder: str | Path) -> Card:
@@ -101,7 +104,7 @@ def _parse(path: Path, mtime: int, size: int) -> Card:
 def hashes(folder: str | Path) -> dict[str, str]:
     """sha256 of every file in the data set that its card must list."""
     base = root() / folder
-    return {path.relative_to(base).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in _files(base)}
+    return {path.relative_to(base).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files(folder)}
 
 
 def verified(folder: str, file: str) -> bytes:

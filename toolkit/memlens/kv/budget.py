@@ -68,8 +68,8 @@ def allocate(weights: Tensor | Sequence[float], total: int, *, low: int = 1, hig
     check.within("allocate", 0.0, math.inf, weight=min(shares))
     high = total if high is None else high
     if not (low * len(shares) <= total <= high * len(shares)):
-        came = f"total={total} over {len(shares)} shares"
-        check.fail("allocate", came, f"{low * len(shares)} to {high * len(shares)} (low={low}, high={high})", "change the bounds")
+        reach = f"{low * len(shares)} to {high * len(shares)} (low={low}, high={high})"
+        check.fail("allocate", f"total={total} over {len(shares)} shares", reach, "change the bounds or the total")
     if not math.isfinite(sum(shares)) or sum(shares) == 0:
         check.fail("allocate", f"weights sum to {sum(shares)}", "a positive, finite sum")
     fixed: dict[int, int] = {}

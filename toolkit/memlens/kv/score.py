@@ -4,7 +4,7 @@
     column_mass_j = Σ_i P_ij                  (or the mean, the largest, the last, the count above or below a threshold)
 
 Scores are per kv head, (B, Hkv, L): higher is kept. They are statistics for a selection, so no gradient flows through them.
-Source: arXiv:2306.14048 (the accumulated sum, H2O) and arXiv:2404.14469 (the window of last rows and the smoothing, SnapKV).
+Source: arXiv:2306.14048 (the accumulated sum, H2O), arXiv:2404.14469 (the window of last rows and the smoothing, SnapKV).
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def _checked(q, k, lse, q_start, reduce, threshold, group, alive, scale) -> Mass
         came = f"rows {start} to {start + sizes['q_len'] - 1} of {sizes['k_len']} keys"
         check.fail("column_mass", came, "every row's own key among k", "append the new keys first, or change q_start")
     if (threshold is not None) != reduce.startswith("count"):
-        check.fail("column_mass", f"threshold={threshold!r} with reduce={reduce!r}", "a threshold for the counts, and only there")
+        came = f"threshold={threshold!r} with reduce={reduce!r}"
+        check.fail("column_mass", came, "a threshold for the counts, and only there")
     if alive is not None:
         alive = alive[:, None].expand(-1, sizes["kv_heads"], -1) if alive.ndim == 2 else alive
         check.shapes("column_mass", alive=(alive, "batch kv_heads k_len"), k=(k, "batch kv_heads k_len dim"))
@@ -155,7 +156,7 @@ def _statistic(p: Tensor, seen: Tensor, limit: Tensor | None, reduce: str) -> Te
 
 def _torch(call: Mass) -> Tensor:
     """Blocks of query rows against all the keys that they see; each block's probabilities live only while it is summed."""
-    (batch, heads, rows, dim), (kv_heads, length) = call.q.shape, call.k.shape[1:3]
+    (batch, heads, rows), (kv_heads, length) = call.q.shape[:3], call.k.shape[1:3]
     group = heads // kv_heads
     q = (call.q.float() * call.scale).unflatten(1, (kv_heads, group))
     k = call.k.float().transpose(-1, -2)
@@ -205,9 +206,8 @@ def _triton(call: Mass) -> Tensor:
     from memlens_kernels.column_mass import column_mass as launch
 
     alive = None if call.alive is None else call.alive.contiguous()
-    return launch(
-        call.q, call.k, lse=call.lse, alive=alive, limit=call.limit, q_start=call.q_start, scale=call.scale, reduce=call.reduce
-    )
+    options = {"q_start": call.q_start, "scale": call.scale, "reduce": call.reduce}
+    return launch(call.q, call.k, lse=call.lse, alive=alive, limit=call.limit, **options)
 
 
 _FORMS = {"reference": _reference, "torch": _torch, "triton": _triton}
@@ -241,9 +241,8 @@ def surprisal(logits: Tensor, ids: Tensor, prev_logits: Tensor | None = None) ->
     Raises:
         ValueError: shapes that disagree.
     """
-    sizes = check.shapes(
-        "surprisal", logits=(logits, "batch length vocab"), ids=(ids, "batch length"), prev_logits=(prev_logits, "batch vocab")
-    )
+    before = (prev_logits, "batch vocab")
+    sizes = check.shapes("surprisal", logits=(logits, "batch length vocab"), ids=(ids, "batch length"), prev_logits=before)
     nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
     if prev_logits is None:
         first = nll.new_full((sizes["batch"], 1), torch.inf)
@@ -264,7 +263,7 @@ def hit_rate(keep_idx: Tensor, p_future: Tensor, top: int) -> Tensor:
     """
     mass = _future_mass("hit_rate", keep_idx, p_future)
     check.within("hit_rate", 1, p_future.shape[-1], top=top)
-    wanted = mass.sort(-1, descending=True, stable=True).indices[..., :top]
+    wanted = mass.sort(dim=-1, descending=True, stable=True).indices[..., :top]
     kept = torch.zeros(mass.shape, device=mass.device).scatter_(-1, keep_idx, 1.0)
     return kept.gather(-1, wanted).mean(-1)
 

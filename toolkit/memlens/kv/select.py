@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memlens import check
 
-__all__ = ["StreamState", "complement", "extend", "gather_kv", "stream", "take", "topk_keep"]
+__all__ = ["StreamState", "complement", "extend", "gather_kv", "positions", "repeat", "stream", "take", "topk_keep"]
 
 
 def topk_keep(score: Tensor, budget: int, *, first: int = 0, last: int = 0, alive: Tensor | None = None) -> Tensor:
@@ -34,7 +34,8 @@ def topk_keep(score: Tensor, budget: int, *, first: int = 0, last: int = 0, aliv
     tensor([1, 2, 4])
     """
     check.at_least("topk_keep", 0, first=first, last=last)
-    check.at_least("topk_keep", max(1, first + last), f"first={first} and last={last} count inside the budget", budget=budget)
+    fix = f"first={first} and last={last} count inside the budget"
+    check.at_least("topk_keep", max(1, first + last), fix, budget=budget)
     length = score.shape[-1]
     if bool(score.isnan().any()):
         check.fail("topk_keep", "NaN among the scores", "numbers", "look at what produced them (a masked row, an overflow)")
@@ -44,10 +45,10 @@ def topk_keep(score: Tensor, budget: int, *, first: int = 0, last: int = 0, aliv
         alive = torch.ones((), dtype=torch.bool, device=score.device).expand(score.shape)
     rank = alive.cumsum(-1)
     protected = alive & ((rank <= first) | (rank > rank[..., -1:] - last))
-    order = score.sort(-1, descending=True, stable=True).indices
+    order = score.sort(dim=-1, descending=True, stable=True).indices
     tier = alive.to(torch.uint8) + protected.to(torch.uint8)  # padding 0, ordinary 1, protected 2
-    best = tier.gather(-1, order).sort(-1, descending=True, stable=True).indices[..., :budget]
-    return order.gather(-1, best).sort(-1).values
+    best = tier.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices[..., :budget]
+    return order.gather(-1, best).sort(dim=-1).values
 
 
 def complement(idx: Tensor, length: int) -> Tensor:
@@ -65,9 +66,8 @@ def complement(idx: Tensor, length: int) -> Tensor:
 
 def gather_kv(k: Tensor, v: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
     """k (B, Hkv, L, D) and v (B, Hkv, L, Dv) at idx (B, Hkv, b): new tensors, so the old ones can be freed."""
-    check.shapes(
-        "gather_kv", k=(k, "batch kv_heads length dim"), v=(v, "batch kv_heads length value_dim"), idx=(idx, "batch kv_heads kept")
-    )
+    cached = "batch kv_heads length"
+    check.shapes("gather_kv", k=(k, f"{cached} dim"), v=(v, f"{cached} value_dim"), idx=(idx, "batch kv_heads kept"))
     return tuple(x.gather(2, idx[..., None].expand(*idx.shape, x.shape[-1])) for x in (k, v))
 
 
@@ -86,14 +86,25 @@ def stream(batch: int, kv_heads: int, *, device: torch.device | str | None = Non
     return StreamState(empty, empty.to(torch.int32), 0, {})
 
 
+def positions(state: StreamState, count: int, pad: Tensor | None = None) -> Tensor:
+    """Positions of the tokens held and of the next `count`, (B, Hkv, L + count) int32.
+
+    `pad` (B,) says how many tokens on the left of each row are padding: their positions are negative.
+    """
+    batch, kv_heads, _ = state.pos.shape
+    fresh = torch.arange(state.step, state.step + count, dtype=torch.int32, device=state.pos.device).expand(batch, -1)
+    fresh = fresh if pad is None else fresh - pad.to(fresh)[:, None]
+    return torch.cat((state.pos, fresh[:, None].expand(-1, kv_heads, -1)), -1)
+
+
 def extend(state: StreamState, new_score: Tensor, *, pad: Tensor | None = None) -> StreamState:
     """The state after the tokens of one more block: old scores carried on, `new_score` added, positions counted on.
 
     Args:
         new_score: (B, Hkv, L + n): what the block adds to the L tokens held and gives the n new ones.
-        pad: (B,) how many tokens on the left of each row are padding; their positions are negative.
+        pad: as in `positions`.
     Raises:
-        ValueError: fewer scores than tokens held, or aux that was not extended by its owner beforehand.
+        ValueError: fewer scores than tokens held, or aux that its owner did not extend beforehand.
     """
     check.shapes("extend", score=(state.score, "batch kv_heads held"), new_score=(new_score, "batch kv_heads total"))
     held, total = state.score.shape[-1], new_score.shape[-1]
@@ -101,15 +112,17 @@ def extend(state: StreamState, new_score: Tensor, *, pad: Tensor | None = None) 
     for name, value in state.aux.items():
         if value.shape[-1] != total:
             check.fail("extend", f"aux[{name!r}] covers {value.shape[-1]} tokens", f"{total}, as new_score")
-    score = new_score.clone() if total else new_score
-    score[..., :held] += state.score
-    fresh = torch.arange(state.step, state.step + total - held, dtype=torch.int32, device=score.device).expand(len(score), -1)
-    fresh = fresh if pad is None else fresh - pad.to(fresh)[:, None]
-    pos = torch.cat((state.pos, fresh[:, None].expand(-1, score.shape[1], -1)), -1)
-    return StreamState(score, pos, state.step + total - held, state.aux)
+    score = torch.cat((state.score + new_score[..., :held], new_score[..., held:]), -1)
+    return StreamState(score, positions(state, total - held, pad), state.step + total - held, state.aux)
 
 
 def take(state: StreamState, idx: Tensor) -> StreamState:
     """The state of the tokens at idx (B, Hkv, b); what was known about the others is forgotten."""
     kept = {name: value.gather(-1, idx.expand(*value.shape[:-1], -1)) for name, value in state.aux.items()}
     return StreamState(state.score.gather(-1, idx), state.pos.gather(-1, idx), state.step, kept)
+
+
+def repeat(state: StreamState, times: int) -> StreamState:
+    """The state of a batch whose every row is repeated `times`, as `repeat_interleave` does with keys and values."""
+    aux = {name: value.repeat_interleave(times, 0) for name, value in state.aux.items()}
+    return StreamState(*(x.repeat_interleave(times, 0) for x in state[:2]), state.step, aux)

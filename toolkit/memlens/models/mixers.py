@@ -27,12 +27,16 @@ __all__ = ["GatedConv", "Mamba", "ShortConv", "SoftmaxMixer", "TaylorMixer", "mi
 
 
 class ShortConv(nn.Module):
-    """`short_conv` with its weight, which starts as the identity: the last tap 1, the others 0."""
+    """`short_conv` with its weight, which starts uniform within 1 / sqrt(taps)."""
 
     def __init__(self, channels: int, taps: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(channels, taps))
-        nn.init.ones_(self.weight[:, -1])
+        self.weight = nn.Parameter(torch.empty(channels, taps))
+        self.reset()
+
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         return short_conv(x, self.weight)[0]

@@ -73,15 +73,20 @@ class Block(nn.Module):
 
 
 class TinyLM(nn.Module):
-    """Embedding, blocks, final norm, head. Linear and embedding weights start at normal(0, 0.02).
+    """Embedding, blocks, final norm, head. Linear and embedding weights start at normal(0, std).
+
+    A module with a method `reset(generator)` draws what else it has.
 
     Args:
         layers: one `Layer` per block.
         d, heads, vocab: widths; `tie` shares embedding and head.
+        std: of the first weights.
         generator: draws the weights; None uses torch's own.
     """
 
-    def __init__(self, layers: Sequence[Layer], *, d: int, heads: int, vocab: int, tie: bool = False, generator=None):
+    def __init__(
+        self, layers: Sequence[Layer], *, d: int, heads: int, vocab: int, tie: bool = False, std: float = 0.02, generator=None
+    ):  # fmt: skip
         super().__init__()
         check.at_least("TinyLM", 1, d=d, heads=heads, vocab=vocab, layers=len(layers))
         self.embed = nn.Embedding(vocab, d)
@@ -90,7 +95,9 @@ class TinyLM(nn.Module):
         self.head = nn.Linear(d, vocab, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02, generator=generator)
+                nn.init.normal_(module.weight, std=std, generator=generator)
+            elif hasattr(module, "reset"):
+                module.reset(generator)
         if tie:
             self.head.weight = self.embed.weight
 

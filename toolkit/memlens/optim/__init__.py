@@ -4,7 +4,7 @@ from importlib import import_module
 
 _HOMES = {
     "Subspace": "projection", "pick_side": "projection", "svd_subspace": "projection", "gauss_subspace": "projection",
-    "project": "projection", "unproject": "projection",
+    "energy_rank": "projection",    "project": "projection", "unproject": "projection",
     "Moments": "moments", "adam_direction": "moments", "bias_correction": "moments", "norm_growth_limit": "moments",
     "reset_moments": "moments",
     "Codec": "lowbit", "CodedMoments": "lowbit", "Packed": "lowbit",

@@ -112,7 +112,9 @@ class Dyn8(NamedTuple):
         if not self.signed and bool((low < 0).any()):
             check.fail("dyn8.encode", f"an element {low.min().item():.3g}", "none below 0", "use dyn8(signed=True)")
         y = blocks / scale.where(scale > 0, 1.0)[:, None]
-        return Packed(_nearest(y, self.signed, form).flatten()[: flat.numel()].contiguous(), scale, tuple(x.shape))
+        codes = _nearest(y, self.signed, form).flatten()
+        # a slice would keep the padding in memory
+        return Packed(codes if codes.numel() == flat.numel() else codes[: flat.numel()].clone(), scale, tuple(x.shape))
 
     def decode(self, packed: Packed) -> Tensor:
         """The stored values, float32, in the shape that was encoded."""
@@ -154,6 +156,9 @@ class Plain(NamedTuple):
 
 def dyn8(signed: bool, block: int = 256) -> Dyn8:
     """Eight bits per element: absmax per block of consecutive elements, then the nearest of `dyn8_map(signed)`.
+
+    What is far below the largest of its block becomes 0: below 2.8e-7 of it (signed), 1.6e-7 (unsigned). A second moment
+    that became 0 while the first did not makes the next Adam direction up to 1 / sqrt(1 - b2) times too long.
 
     Raises:
         ValueError: a block below 1.

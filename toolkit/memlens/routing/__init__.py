@@ -3,7 +3,7 @@
 from importlib import import_module
 
 _HOMES = {
-    "RoutingTrace": "trace", "record": "trace", "moefy": "trace", "join": "trace",
+    "RoutingTrace": "trace", "record": "trace", "moefy": "oracle", "join": "trace", "reroute": "trace", "shipped": "trace",
     "topk_gate": "gate", "load_balance": "gate", "mix_experts": "gate",
     "segment_counts": "consistency", "srp": "consistency", "srp_floor": "consistency", "sch": "consistency",
     "shuffle_control": "consistency", "expert_specialization": "consistency",

@@ -12,6 +12,7 @@ Source: arXiv:2505.16056, sections 3.2 and 3.3; read together with ljcleo/moe-lr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -81,15 +82,19 @@ def segment_sums(experts: Tensor, num_experts: int, m: int, *, form: str = "auto
 def _walk(experts: Tensor, num_experts: int, m: int) -> Sums:
     sizes = check_requests("segment_sums", experts, num_experts)
     check.within("segment_sums", 1, sizes["T"], m=m)
-    true = torch.zeros(sizes["batch"], num_experts, m + 1, dtype=torch.float64)
-    positive = torch.zeros_like(true)
+    histogram = torch.zeros(sizes["batch"], num_experts, m + 1, dtype=torch.float64)
     for sample, tokens in enumerate(experts.tolist()):
+        rows = [[0] * (m + 1) for _ in range(num_experts)]
         for start in range(sizes["T"] - m + 1):
-            window = [item for token in tokens[start : start + m] for item in token]
-            for expert in range(num_experts):
-                n = window.count(expert)
-                true[sample, expert, : n + 1] += n  # the router takes it at thresholds 0..n
-                positive[sample, expert, : n + 1] += m
+            window = Counter(item for token in tokens[start : start + m] for item in token)
+            for expert, row in enumerate(rows):
+                row[window[expert]] += 1
+        histogram[sample] = torch.tensor(rows)
+    true, positive = torch.zeros_like(histogram), torch.zeros_like(histogram)
+    for c in range(m + 1):
+        for n in range(c, m + 1):
+            true[..., c] += n * histogram[..., n]
+            positive[..., c] += m * histogram[..., n]
     return Sums(true, positive, true[..., 0])
 
 
@@ -225,7 +230,7 @@ def sch(
     trace: RoutingTrace, m: int, *, level: str = "layer", by: Sequence[str] = ("dataset",), policy: str = "segment",
     form: str = "auto",
 ) -> xr.DataArray:  # fmt: skip
-    """Hit rate of a cache that sees m tokens ahead, for every capacity: dims (dataset, layer, capacity), the mean of samples.
+    """Mean hit rate of a cache that sees m tokens ahead, for every capacity: dims (dataset, layer, capacity).
 
     At model level one cache of up to E * layers slots serves all layers, whose requests stand side by side in a token.
     The cache ratio of a capacity, slots for each expert a token uses, is the coordinate `ratio`.

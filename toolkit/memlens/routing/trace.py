@@ -1,8 +1,7 @@
 """Which experts a router chose, token by token: recorded from a mixture of experts, or made from a dense model.
 
-`record` watches a model through forward hooks and changes nothing. `moefy` splits a dense feed-forward into experts and
-scores them by what they really contribute, so that a dense model gives a trace too (an "oracle split": the score needs
-the dense activations and is an upper bound on any router).
+`record` watches a model through forward hooks and changes nothing. With the routers of `moefy`, which cut a dense
+feed-forward into experts, a dense model gives a trace too.
 """
 
 from __future__ import annotations
@@ -13,12 +12,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from memlens import check
-from memlens.routing.gate import Gate, mix_experts, top_experts
+from memlens.routing.gate import top_experts
+from memlens.routing.oracle import OracleRouter, moefy
 
-__all__ = ["Experts", "OracleRouter", "RoutingTrace", "check_trace", "find_routers", "join", "moefy", "record"]
+__all__ = [
+    "OracleRouter", "RoutingTrace", "check_requests", "check_trace", "find_routers", "join", "moefy", "record", "reroute",
+    "shipped",
+]  # fmt: skip
 
 KEEP = ("logits", "gate_in")
 
@@ -52,6 +54,21 @@ class RoutingTrace(NamedTuple):
         out = xr.Dataset(data, {"layer": list(self.layers)}, {"num_experts": self.num_experts, "top_k": self.top_k})
         out["experts"].attrs = {"long_name": "chosen expert", "units": "index"}
         return out.assign_coords(dataset=("sample", list(self.labels))) if self.labels else out
+
+    @classmethod
+    def from_xarray(cls, data) -> RoutingTrace:
+        """The inverse of `to_xarray`; expert ids may be stored as small integers."""
+        tensors = {name: torch.as_tensor(data[name].values) if name in data else None for name in ("experts", *KEEP)}
+        tensors["experts"] = tensors["experts"].long()
+        labels = tuple(map(str, data["dataset"].values)) if "dataset" in data.coords else ()
+        layers = tuple(int(layer) for layer in data["layer"].values)
+        return cls(
+            **tensors,
+            num_experts=int(data.attrs["num_experts"]),
+            top_k=int(data.attrs["top_k"]),
+            layers=layers,
+            labels=labels,
+        )
 
 
 def check_trace(op: str, trace: RoutingTrace) -> dict[str, int]:
@@ -209,101 +226,40 @@ def _assemble(sites: list[_Site], seen: dict, keep: tuple[str, ...], labels: tup
     return trace
 
 
+def reroute(trace: RoutingTrace, routers: Sequence[OracleRouter]) -> RoutingTrace:
+    """What other routers, one for each layer, would have chosen on the vectors that a trace kept in `gate_in`.
+
+    Raises:
+        ValueError: no `gate_in`, another number of routers than layers, or routers that differ in k or experts.
+    """
+    kinds = {(len(router.experts.neurons), router.top_k) for router in routers}
+    if trace.gate_in is None or len(routers) != len(trace.layers) or len(kinds) != 1:
+        came = f"{len(routers)} routers of kinds {sorted(kinds)} for {len(trace.layers)} layers"
+        check.fail("reroute", came, "gate_in, and one router of one kind for each layer", "record with keep=('gate_in',)")
+    found = [router(trace.gate_in[:, :, i].flatten(0, 1)) for i, router in enumerate(routers)]
+    logits, experts = (torch.stack(parts, 1).unflatten(0, trace.gate_in.shape[:2]) for parts in zip(*found, strict=True))
+    num_experts, top_k = kinds.pop()
+    return trace._replace(experts=experts, logits=logits, num_experts=num_experts, top_k=top_k)
+
+
+def shipped(name: str) -> RoutingTrace:
+    """A trace of `datasets/routing_traces`, e.g. "smollm2_kmeans" or "base"; its card says on what it was recorded.
+
+    Raises:
+        ValueError: an unknown name, with the nearest, or a file that is not what its card says.
+    """
+    import io
+
+    import xarray as xr
+
+    from memlens.data import cards
+
+    names = [file.removesuffix(".nc") for file in cards.read("routing_traces").sha256]
+    check.one_of("shipped", names, name=name)
+    return RoutingTrace.from_xarray(
+        xr.load_dataset(io.BytesIO(cards.verified("routing_traces", f"{name}.nc")), engine="h5netcdf")
+    )
+
+
 def _layer(name: str, place: int) -> int:
     return next((int(part) for part in name.split(".") if part.isdigit()), place)
-
-
-class Experts(NamedTuple):
-    neurons: Tensor  # (expert, hidden) int64, which neurons of the dense feed-forward each expert took
-    w_gate: Tensor  # (expert, hidden, dim)
-    w_up: Tensor  # (expert, hidden, dim)
-    w_down: Tensor  # (expert, dim, hidden)
-
-    def __call__(self, x: Tensor, index: Tensor) -> Tensor:
-        """The sum over the chosen experts, (tokens, dim), for x (tokens, dim) and index (tokens, k)."""
-        ones = torch.ones_like(index, dtype=x.dtype)
-        return mix_experts(x, Gate(ones, index), self.w_gate, self.w_up, self.w_down)
-
-
-class OracleRouter(NamedTuple):
-    experts: Experts
-    top_k: int
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (tokens, expert) and the chosen experts (tokens, k) for x (tokens, dim).
-
-        score_e = sum_{j in e} (silu(gate_j x) * up_j x)^2 * ||down_j||^2, the energy each neuron writes.
-        """
-        w_gate, w_up, w_down = self.experts[1:]
-        energy = (F.silu(x @ w_gate.flatten(0, 1).T) * (x @ w_up.flatten(0, 1).T)).square()
-        energy = energy * w_down.square().sum(1).flatten()
-        scores = energy.unflatten(-1, w_gate.shape[:2]).sum(-1)
-        return scores, top_experts(scores, self.top_k)
-
-
-def moefy(
-    mlp: nn.Module, num_experts: int, top_k: int, *, split: str = "kmeans", generator
-) -> tuple[Experts, OracleRouter]:
-    """A dense gated feed-forward cut into `num_experts` equal experts, and the oracle router that picks k of them.
-
-    With top_k = num_experts the experts sum to the dense output. Neurons are grouped by balanced k-means on the
-    unit-length rows of the gate projection ("kmeans"), or at random.
-
-    Args:
-        mlp: down(silu(gate(x)) * up(x)), with linears named gate_proj, up_proj, down_proj or gate, up, down, no bias.
-        generator: draws the random split, or the first centroids.
-    Raises:
-        ValueError: another activation or a bias, num_experts that does not divide the neurons, an unknown split.
-    Source: the split follows arXiv:2110.01786, section 3.2.
-    """
-    check.one_of("moefy", ("kmeans", "random"), split=split)
-    gate, up, down = _projections(mlp)
-    check.divides("moefy", num_experts=num_experts, neurons=len(gate))
-    check.within("moefy", 1, num_experts, top_k=top_k)
-    if split == "random":
-        neurons = torch.randperm(len(gate), generator=generator).view(num_experts, -1)
-    else:
-        neurons = balanced_kmeans(F.normalize(gate, dim=-1), num_experts, generator=generator)
-    experts = Experts(neurons, gate[neurons], up[neurons], down.T[neurons].transpose(1, 2).contiguous())
-    return experts, OracleRouter(experts, top_k)
-
-
-def _projections(mlp: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    for suffix in ("_proj", ""):
-        linears = [getattr(mlp, name + suffix, None) for name in ("gate", "up", "down")]
-        if all(isinstance(linear, nn.Linear) for linear in linears):
-            break
-    else:
-        check.fail("moefy", f"{type(mlp).__name__} without gate, up and down linears", "a gated feed-forward")
-    probe = torch.linspace(-4, 4, 9)
-    act = getattr(mlp, "act_fn", F.silu)
-    if any(linear.bias is not None for linear in linears) or not torch.allclose(act(probe), F.silu(probe), atol=1e-6):
-        check.fail("moefy", f"{type(mlp).__name__} with a bias or another activation", "silu and no bias")
-    return tuple(linear.weight.detach() for linear in linears)
-
-
-def balanced_kmeans(x: Tensor, clusters: int, *, iters: int = 10, generator) -> Tensor:
-    """Row ids (clusters, rows / clusters) of k-means clusters of one size, each sorted.
-
-    Every round gives out (row, cluster) pairs by rising squared distance while the cluster has room, then moves the
-    centroids to the means; it stops when nothing moves.
-    """
-    check.divides("balanced_kmeans", clusters=clusters, rows=len(x))
-    centroids, assigned = x[torch.randperm(len(x), generator=generator)[:clusters]], None
-    for _ in range(iters):
-        previous, assigned = assigned, _give_out(torch.cdist(x, centroids))
-        if previous is not None and torch.equal(previous, assigned):
-            break
-        centroids = x[assigned].mean(1)
-    return assigned
-
-
-def _give_out(distance: Tensor) -> Tensor:
-    rows, clusters = distance.shape
-    room, members, placed = rows // clusters, [[] for _ in range(clusters)], [False] * rows
-    for pair in distance.flatten().argsort(stable=True).tolist():
-        row, cluster = divmod(pair, clusters)
-        if not placed[row] and len(members[cluster]) < room:
-            placed[row] = True
-            members[cluster].append(row)
-    return torch.tensor(members).sort(-1).values

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 from memlens import check
+from memlens.viz import page
 from memlens.viz.spec import specify
 
 __all__ = ["View", "explore", "live", "widget_for"]
+
+PAUSE = 0.02  # seconds in which the moves of a dragged slider become one
 
 
 class View(NamedTuple):
@@ -20,72 +26,114 @@ class View(NamedTuple):
 
 
 def live() -> None:
-    """Load bokeh and holoviews into the notebook page from the installed packages, then hvplot. Needs no network.
+    """Make holoviews and `.hvplot` draw in this notebook from the installed packages, with no network.
 
-    `explore` calls it; call it before drawing with `.hvplot` by hand. The script it puts on the page is what makes a cell
-    heavy: tag that cell `live`, so that it is not stored.
+    `explore` calls it; call it yourself before showing `.hvplot` pictures. It puts a megabyte of script into the cell's
+    output: tag that cell `live`, so that it is not stored.
     """
-    import holoviews
+    from IPython.utils.capture import capture_output
 
-    holoviews.extension("bokeh", inline=True, logo=False)
-    import hvplot.xarray  # noqa: F401 - registers .hvplot, and must come after the extension
+    with capture_output():  # their own scripts would fetch style sheets from the network
+        import holoviews
+
+        if not getattr(holoviews.extension, "_loaded", False):
+            holoviews.extension("bokeh")
+        import hvplot.xarray  # noqa: F401 - registers .hvplot, and must come after the extension
+    page.load()
+    page.register()
 
 
 def explore(fn: Callable[..., Any], **widgets):
     """Sliders and menus that call `fn(**values)` and show what it returns, again whenever one moves.
 
     Args:
-        fn: returns a `View`, an xarray object (drawn as lines or a heatmap), or a holoviews or hvplot object; called with
-            the values by name.
-        widgets: for each argument `(low, high)` or `(low, high, step)` for a slider, a list for a menu, a bool for a
-            tick box, or any ipywidgets widget.
+        fn: called with the values by name; returns a `View`, an xarray object, a holoviews or hvplot object, or anything
+            else that a notebook can show.
+        widgets: for each argument `(low, high)` or `(low, high, step)` for a slider, which starts at `low` (or at `value`
+            in `(low, high, step, value)`), a list or a mapping for a menu, a bool for a tick box, or any ipywidgets widget.
     Returns:
         the ipywidgets box that the cell shows.
     Raises:
-        TypeError: a widget of another form. An error in `fn` is shown in place of the picture.
+        TypeError: a widget of another form; what `fn` raises at the first call. Later errors are shown in the picture's place.
     """
     import ipywidgets
 
     live()
     controls = {name: widget_for(name, given) for name, given in widgets.items()}
-    screen = ipywidgets.Output()
-
-    def update(_=None) -> None:
-        show(screen, fn(**{name: control.value for name, control in controls.items()}))
-
+    screen = Screen()
+    screen.show(fn(**_values(controls)))
+    mover = Mover(lambda: screen.attempt(fn, **_values(controls)))
     for control in controls.values():
-        control.observe(update, "value")
-    update()
-    return ipywidgets.VBox([ipywidgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap"}), screen])
+        control.observe(mover, "value")
+    row = ipywidgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap"})
+    return ipywidgets.VBox([row, screen.picture, screen.other])
 
 
-def show(screen, result) -> None:
-    """Put a result on an Output widget in one step, so that nothing flickers."""
-    data, metadata = bundle(picture(result))
-    screen.outputs = ({"output_type": "display_data", "data": data, "metadata": metadata},)
+def _values(controls: dict) -> dict:
+    return {name: control.value for name, control in controls.items()}
 
 
-def bundle(drawn) -> tuple[dict, dict]:
-    """What a notebook shows for an object, as (data, metadata); an error while it is drawn is raised, not shown."""
-    import holoviews
-    from IPython.core.formatters import DisplayFormatter
+class Mover:
+    """Calls `update` soon after a change; changes that come close together become one call."""
 
-    if isinstance(drawn, holoviews.core.Dimensioned):
-        return holoviews.renderer("bokeh").components(drawn)
-    return DisplayFormatter().format(drawn)
+    def __init__(self, update: Callable[[], None]):
+        self.update, self.waiting = update, None
+
+    def __call__(self, change=None) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # outside a kernel
+            self.update()
+            return
+        if self.waiting is not None:
+            self.waiting.cancel()
+        self.waiting = loop.call_later(PAUSE, self.update)
 
 
-def picture(result):
-    """The holoviews object for what `fn` returned; anything that is not data is shown as it is."""
+class Screen:
+    """Where a live view shows its picture: a place on the page for bokeh, and an Output for anything else."""
+
+    def __init__(self):
+        import ipywidgets
+
+        self.place = uuid4().hex
+        self.picture = ipywidgets.HTML(f'<div id="{self.place}" class="memlens-picture"></div>')
+        self.other = ipywidgets.Output()
+
+    def show(self, result) -> None:
+        """Draw what a function returned."""
+        import holoviews
+
+        drawn = drawable(result)
+        if isinstance(drawn, holoviews.core.Dimensioned):
+            self._put("", {page.script_type: page.script_of(drawn, self.place)})
+        else:
+            from IPython.core.formatters import DisplayFormatter
+
+            self._put("none", *DisplayFormatter().format(drawn))
+
+    def attempt(self, fn: Callable, **values) -> None:
+        """Show what `fn` returns, or the error it raises."""
+        try:
+            self.show(fn(**values))
+        except Exception as error:
+            self._put("none", {"text/plain": "".join(traceback.format_exception_only(error))})
+
+    def _put(self, shown: str, data: dict, metadata: dict | None = None) -> None:
+        self.picture.layout.display = shown or None
+        self.other.outputs = ({"output_type": "display_data", "data": data, "metadata": metadata or {}},)
+
+
+def drawable(result):
+    """The holoviews object for a `View` or labelled data; anything else as it is."""
     import xarray
 
     from memlens.viz.interactive import to_holoviews
-    from memlens.viz.tidy import as_dataset
 
     if isinstance(result, (xarray.Dataset, xarray.DataArray)):
         result = View(result)
     if isinstance(result, View):
-        return to_holoviews(as_dataset(result.data), specify(result.plot, **result.options))
+        return to_holoviews(result.data, specify(result.plot, **result.options))
     return result
 
 
@@ -97,15 +145,19 @@ def widget_for(name: str, given):
     if isinstance(given, ipywidgets.Widget):
         return given
     if isinstance(given, bool):
-        return ipywidgets.Checkbox(value=given, **style)
+        return ipywidgets.Checkbox(value=given, indent=False, **style)
     if isinstance(given, (list, dict)):
         return ipywidgets.Dropdown(options=given, **style)
-    if isinstance(given, tuple) and len(given) in (2, 3) and all(isinstance(one, (int, float)) for one in given):
-        low, high, step = (
-            *given,
-            1 if isinstance(given[0], int) and isinstance(given[1], int) else (given[1] - given[0]) / 50,
-        )[:3]
-        kind = ipywidgets.IntSlider if all(isinstance(one, int) for one in (low, high, step)) else ipywidgets.FloatSlider
-        return kind(value=low + step * round((high - low) / step / 2), min=low, max=high, step=step, **style)
-    came = f"{name}={given!r}"
-    check.fail("explore", came, "(low, high, step), a list, a bool or an ipywidgets widget", error=TypeError)
+    if (
+        not isinstance(given, tuple)
+        or len(given) not in (2, 3, 4)
+        or not all(isinstance(one, (int, float)) for one in given)
+    ):
+        check.fail(
+            "explore", f"{name}={given!r}", "(low, high, step), a list, a bool or an ipywidgets widget", error=TypeError
+        )
+    whole = all(isinstance(one, int) for one in given)
+    low, high, step, value = (*given, *(None,) * (4 - len(given)))
+    step = step if step is not None else 1 if whole else (high - low) / 20
+    slider = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider
+    return slider(value=low if value is None else value, min=low, max=high, step=step, **style)

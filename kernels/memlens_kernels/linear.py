@@ -1,0 +1,300 @@
+"""Linear attention by chunks: a walk over the chunks of a head carries the state, and programs for each chunk read from it.
+
+    states    S after each chunk, in order; for the delta rule also what was written, u - w S
+    read      out of each chunk: what came before through S, what is inside through a (C, C) product
+    written   its transpose: the gradient that out gives to what was written, inside the chunk
+    d_states  the gradient of S after each chunk, in reverse; completes that of what was written
+    grads     those of q, k, w and the share of the decays that passes through S
+
+u and w of the delta rule are solved for by the caller; decays, per head or per key channel, are float32. No exponent is positive and
+no decay is a difference of running sums: per channel, the pairs of a chunk are split by the level at which a later and an
+earlier block of `size` rows meet, and each side is decayed up to the border between them.
+
+Shapes: q, k (B, H|Hq|Hk, T, K), u (B, H|Hu, T, V), w (B, H, T, K), g (B, H, T[, K]), states (B, H, chunks + 1, K, V), all
+contiguous; head h reads head h // group. Sources: arXiv:2006.16236, arXiv:2312.06635, section 4, arXiv:2406.06484, section 3.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from memlens_kernels.tile import Tile
+
+__all__ = ["MAX_KEY", "Plan", "linear_backward", "linear_forward", "plan", "tiles"]
+
+MAX_KEY = 128
+LENGTHS = ["heads", "q_group", "k_group", "u_group", "length", "chunks"]  # not specialised: one binary serves every length
+
+
+@triton.jit
+def load(pointer, row, column, rows, columns: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A (ROWS, COLUMNS) tile of a contiguous (rows, columns) matrix, zero outside it."""
+    i, j = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    at = pointer + tl.cast(row, tl.int64) * columns + column + (i * columns + j)
+    if columns % COLUMNS == 0:
+        return tl.load(at, mask=i < rows - row, other=0.0)
+    else:
+        return tl.load(at, mask=(i < rows - row) & (j < columns - column), other=0.0)
+
+
+@triton.jit
+def store(pointer, value, row, column, rows, columns: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    i, j = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    at = pointer + tl.cast(row, tl.int64) * columns + column + (i * columns + j)
+    tl.store(at, value.to(pointer.dtype.element_ty), mask=(i < rows - row) & (j < columns - column))
+
+
+@triton.jit
+def product(a, b, LOW: tl.constexpr):
+    """a b accumulated in float32; LOW is the type of the operands."""
+    if LOW == tl.float32:
+        return tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a.to(LOW), b.to(LOW))
+
+
+@triton.jit
+def decays(g, row, length, KEY: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr):
+    """Shares kept from the chunk's start up to and with each row, after each row to its end, and over all of it."""
+    i = tl.arange(0, C)
+    if DECAY == 1:
+        at = g + tl.cast(row, tl.int64) + i
+        here = tl.load(at, mask=i < length - row, other=0.0)
+        later = tl.load(at + 1, mask=(i < C - 1) & (i + 1 < length - row), other=0.0)
+        start, end = tl.cumsum(here, 0), tl.cumsum(later, 0, reverse=True)
+        return tl.exp(start)[:, None], tl.exp(end)[:, None], tl.exp(tl.sum(here, 0))
+    else:
+        here = load(g, row, 0, length, KEY, C, BK)
+        later = tl.where(i[:, None] < C - 1, load(g, row + 1, 0, length, KEY, C, BK), 0.0)
+        start, end = tl.cumsum(here, 0), tl.cumsum(later, 0, reverse=True)
+        return tl.exp(start), tl.exp(end), tl.exp(tl.sum(here, 0))[:, None]
+
+
+@triton.jit
+def between(g, row, length, C: tl.constexpr):
+    """Share kept from row j to row i, (C, C), per head; what it holds above the diagonal is not used."""
+    i = tl.arange(0, C)
+    here = tl.load(g + tl.cast(row, tl.int64) + i, mask=i < length - row, other=0.0)
+    return tl.exp(tl.cumsum(tl.where(i[:, None] > i[None, :], here[:, None], 0.0), 0))
+
+
+@triton.jit
+def border(g, row, length, KEY: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr):
+    """Per channel, shares kept between each row and the border of two blocks of SIZE: (later rows, earlier rows), else 0."""
+    i = tl.arange(0, C)[:, None]
+    later = (i // SIZE) % 2 == 1
+    here = load(g, row, 0, length, KEY, C, BK)
+    after = tl.where(i % SIZE < SIZE - 1, load(g, row + 1, 0, length, KEY, C, BK), 0.0)
+    up = tl.reshape(tl.cumsum(tl.reshape(here, (C // SIZE, SIZE, BK)), 1), (C, BK))
+    down = tl.reshape(tl.cumsum(tl.reshape(after, (C // SIZE, SIZE, BK)), 1, reverse=True), (C, BK))
+    return tl.where(later, tl.exp(up), 0.0), tl.where(later, 0.0, tl.exp(down))
+
+
+@triton.jit
+def meets(C: tl.constexpr, SIZE: tl.constexpr):
+    """The pairs of rows whose blocks of SIZE are the two halves of one block, (C, C)."""
+    i = tl.arange(0, C)
+    return (i // (2 * SIZE))[:, None] == (i // (2 * SIZE))[None, :]
+
+
+@triton.jit
+def pairs(
+    q_tile, k_tile, g, row, length, KEY: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
+    DECAY: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """q_i·k_j, decayed from j to i, for j <= i, else 0."""
+    i = tl.arange(0, C)
+    if DECAY == 2:
+        scores = tl.where(i[:, None] == i[None, :], tl.sum(q_tile.to(tl.float32) * k_tile, 1)[:, None], 0.0)
+        for level in tl.static_range(LEVELS):
+            late, early = border(g, row, length, KEY, BK, C, 2**level)
+            met = product(q_tile * late, tl.trans(k_tile * early), LOW)
+            scores += tl.where(meets(C, 2**level), met, 0.0)
+        return scores
+    else:
+        scores = product(q_tile, tl.trans(k_tile), LOW)
+        if DECAY == 1:
+            scores *= between(g, row, length, C)
+        return tl.where(i[:, None] >= i[None, :], scores, 0.0)
+
+
+@triton.jit
+def pairs_backward(
+    d_scores, q_tile, k_tile, g, row, length, KEY: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
+    DECAY: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """The gradients of q and k through `pairs`."""
+    i = tl.arange(0, C)
+    d_scores = tl.where(i[:, None] >= i[None, :], d_scores, 0.0)
+    if DECAY == 2:
+        own = tl.sum(tl.where(i[:, None] == i[None, :], d_scores, 0.0), 1)[:, None]
+        dq, dk = own * k_tile, own * q_tile
+        for level in tl.static_range(LEVELS):
+            late, early = border(g, row, length, KEY, BK, C, 2**level)
+            met = tl.where(meets(C, 2**level), d_scores, 0.0)
+            dq += late * product(met, k_tile * early, LOW)
+            dk += early * product(tl.trans(met), q_tile * late, LOW)
+        return dq, dk
+    else:
+        if DECAY == 1:
+            d_scores *= between(g, row, length, C)
+        return product(d_scores, k_tile, LOW), product(tl.trans(d_scores), q_tile, LOW)
+
+
+@triton.jit
+def shared(pointer, head, heads, group, size):
+    """`pointer` moved to the matrix of `size` numbers that this head reads; heads in one group read one matrix."""
+    return pointer + (head // heads * (heads // group) + head % heads // group) * size
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def states_kernel(
+    k, u, w, g, states, writes, heads, k_group, u_group, length, chunks,
+    KEY: tl.constexpr, VALUE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    DECAY: tl.constexpr, DELTA: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """Slot 0 of states holds what comes in; slot n + 1 gets the state after chunk n."""
+    head, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BV
+    size = tl.cast(length, tl.int64)
+    k, u = shared(k, head, heads, k_group, size * KEY), shared(u, head, heads, u_group, size * VALUE)
+    g += head * size * (KEY if DECAY == 2 else 1)
+    states += head * (chunks + 1) * KEY * VALUE
+    S = load(states, 0, column, KEY, VALUE, BK, BV)
+    for row in range(0, length, C):
+        k_tile = load(k, row, 0, length, KEY, C, BK)
+        u_tile = load(u, row, column, length, VALUE, C, BV)
+        if DELTA:
+            w_tile = load(w + head * size * KEY, row, 0, length, KEY, C, BK)
+            u_tile = u_tile.to(tl.float32) - product(w_tile, S, LOW)
+            store(writes + head * size * VALUE, u_tile, row, column, length, VALUE, C, BV)
+        if DECAY > 0:
+            start, end, kept = decays(g, row, length, KEY, BK, C, DECAY)
+            S = S * kept + product(tl.trans(k_tile * end), u_tile, LOW)
+        else:
+            S += product(tl.trans(k_tile), u_tile, LOW)
+        states += KEY * VALUE
+        store(states, S, 0, column, KEY, VALUE, BK, BV)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def read_kernel(
+    q, k, u, g, states, out, heads, q_group, k_group, u_group, length, chunks, scale,
+    KEY: tl.constexpr, VALUE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
+    DECAY: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    chunk, head, column = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2) * BV
+    size, row = tl.cast(length, tl.int64), chunk * C
+    q, k = shared(q, head, heads, q_group, size * KEY), shared(k, head, heads, k_group, size * KEY)
+    u = shared(u, head, heads, u_group, size * VALUE)
+    g += head * size * (KEY if DECAY == 2 else 1)
+    q_tile = load(q, row, 0, length, KEY, C, BK)
+    k_tile = load(k, row, 0, length, KEY, C, BK)
+    scores = pairs(q_tile, k_tile, g, row, length, KEY, BK, C, LEVELS, DECAY, LOW)
+    read = product(scores, load(u, row, column, length, VALUE, C, BV), LOW)
+    if DECAY > 0:
+        start, end, kept = decays(g, row, length, KEY, BK, C, DECAY)
+        q_tile = q_tile * start
+    S = load(states + (head * (chunks + 1) + chunk) * KEY * VALUE, 0, column, KEY, VALUE, BK, BV)
+    read += product(q_tile, S, LOW)
+    store(out + head * size * VALUE, read * scale, row, column, length, VALUE, C, BV)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def written_kernel(
+    q, k, g, dout, du, heads, q_group, k_group, length, scale,
+    KEY: tl.constexpr, VALUE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
+    DECAY: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    head, column = tl.program_id(1).to(tl.int64), tl.program_id(2) * BV
+    size, row = tl.cast(length, tl.int64), tl.program_id(0) * C
+    q, k = shared(q, head, heads, q_group, size * KEY), shared(k, head, heads, k_group, size * KEY)
+    g += head * size * (KEY if DECAY == 2 else 1)
+    q_tile = load(q, row, 0, length, KEY, C, BK)
+    k_tile = load(k, row, 0, length, KEY, C, BK)
+    scores = pairs(q_tile, k_tile, g, row, length, KEY, BK, C, LEVELS, DECAY, LOW)
+    do = load(dout + head * size * VALUE, row, column, length, VALUE, C, BV)
+    value = product(tl.trans(scores), do, LOW) * scale
+    store(du + head * size * VALUE, value, row, column, length, VALUE, C, BV)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def d_states_kernel(
+    q, k, w, g, dout, du, d_states, heads, q_group, k_group, length, chunks, scale,
+    KEY: tl.constexpr, VALUE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    DECAY: tl.constexpr, DELTA: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """The last slot of d_states holds the gradient of the last state; slot n gets that of the state before chunk n."""
+    head, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BV
+    size = tl.cast(length, tl.int64)
+    q, k = shared(q, head, heads, q_group, size * KEY), shared(k, head, heads, k_group, size * KEY)
+    g += head * size * (KEY if DECAY == 2 else 1)
+    dout += head * size * VALUE
+    du += head * size * VALUE
+    d_states += (head * (chunks + 1) + chunks) * KEY * VALUE
+    dS = load(d_states, 0, column, KEY, VALUE, BK, BV)
+    for back in range(chunks):
+        row = (chunks - 1 - back) * C
+        q_tile = load(q, row, 0, length, KEY, C, BK)
+        k_tile = load(k, row, 0, length, KEY, C, BK)
+        do = load(dout, row, column, length, VALUE, C, BV)
+        d_u = load(du, row, column, length, VALUE, C, BV)
+        if DECAY > 0:
+            start, end, kept = decays(g, row, length, KEY, BK, C, DECAY)
+            d_u += product(k_tile * end, dS, LOW)
+            dS = dS * kept + product(tl.trans(q_tile * start), do, LOW) * scale
+        else:
+            d_u += product(k_tile, dS, LOW)
+            dS += product(tl.trans(q_tile), do, LOW) * scale
+        if DELTA:
+            w_tile = load(w + head * size * KEY, row, 0, length, KEY, C, BK)
+            dS -= product(tl.trans(w_tile), d_u, LOW)
+        store(du, d_u, row, column, length, VALUE, C, BV)
+        d_states -= KEY * VALUE
+        store(d_states, dS, 0, column, KEY, VALUE, BK, BV)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def grads_kernel(
+    q, k, u, g, states, dout, du, d_states, dq, dk, dw, dkept, heads, q_group, k_group, u_group, length, chunks, scale,
+    KEY: tl.constexpr, VALUE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
+    DECAY: tl.constexpr, DELTA: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """dq, dk, dw (B, H, T, K); dkept (B, H, chunks, K) is the state after each chunk times its gradient, summed over values."""
+    chunk, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    size, row = tl.cast(length, tl.int64), chunk * C
+    q, k = shared(q, head, heads, q_group, size * KEY), shared(k, head, heads, k_group, size * KEY)
+    u = shared(u, head, heads, u_group, size * VALUE)
+    g += head * size * (KEY if DECAY == 2 else 1)
+    states += (head * (chunks + 1) + chunk) * KEY * VALUE
+    d_states += (head * (chunks + 1) + chunk + 1) * KEY * VALUE
+    d_scores = tl.zeros([C, C], tl.float32)
+    d_q, d_k, d_w = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+    passed = tl.zeros([BK], tl.float32)
+    for column in range(0, VALUE, BV):
+        S = load(states, 0, column, KEY, VALUE, BK, BV)
+        dS = load(d_states, 0, column, KEY, VALUE, BK, BV)
+        u_tile = load(u, row, column, length, VALUE, C, BV)
+        do = load(dout + head * size * VALUE, row, column, length, VALUE, C, BV)
+        d_scores += product(do, tl.trans(u_tile), LOW)
+        d_q += product(do, tl.trans(S), LOW)
+        d_k += product(u_tile, tl.trans(dS), LOW)
+        if DELTA:
+            d_w -= product(load(du + head * size * VALUE, row, column, length, VALUE, C, BV), tl.trans(S), LOW)
+        if DECAY > 0:
+            passed += tl.sum(load(states + KEY * VALUE, 0, column, KEY, VALUE, BK, BV) * dS, 1)
+    if DECAY > 0:
+        start, end, kept = decays(g, row, length, KEY, BK, C, DECAY)
+        d_q, d_k = d_q * start, d_k * end
+        channels = tl.arange(0, BK)
+        tl.store(dkept + (head * chunks + chunk) * KEY + channels, passed, mask=channels < KEY)
+    if DELTA:
+        store(dw + head * size * KEY, d_w, row, 0, length, KEY, C, BK)
+    q_tile = load(q, row, 0, length, KEY, C, BK)
+    k_tile = load(k, row, 0, length, KEY, C, BK)
+    inner_q, inner_k = pairs_backward(d_scores * scale, q_tile, k_tile, g, row, length, KEY, BK, C, LEVELS, DECAY, LOW)
+    store(dq + head * size * KEY, d_q * scale + inner_q, row, 0, length, KEY, C, BK)
+    store(dk + head * size * KEY, d_k + inner_k, row, 0, length, KEY, C, BK)

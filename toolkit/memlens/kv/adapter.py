@@ -1,0 +1,257 @@
+"""A Hugging Face cache that keeps what a policy chooses, layer by layer and head by head, and frees the rest.
+
+    cache = PolicyCache(model.config, h2o(51, 51))
+    with cache.on(model):
+        model.generate(ids, past_key_values=cache, max_new_tokens=40)
+    cache.nbytes()                                     # {"payload": ..., "positions": ..., "scores": ..., "memory": ...}
+
+The model asks the cache how many tokens it has seen (positions follow from that); how many it holds is its own affair.
+While `on` lasts, the model's attention runs here: new keys are stored, attention is computed over what is held, the policy
+observes, and what it gives up is gone before the next layer starts. Public interfaces of transformers 5 only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from copy import copy
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, CacheLayerMixin
+
+from memlens import check
+from memlens.attention.exact import attend
+from memlens.attention.rope import shift
+from memlens.kv.policies import LayerState, Policy, full
+from memlens.kv.select import gather_kv, positions, stream
+
+__all__ = ["HeldLayer", "PolicyCache"]
+
+NAME = "memlens_kv"
+_active: ContextVar[PolicyCache | None] = ContextVar("memlens_kv_cache", default=None)
+
+
+class HeldLayer(CacheLayerMixin):
+    """The keys and values that one layer holds, (B, Hkv, held, D), and how many tokens it has seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    @property
+    def held(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[-2]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if (cache := _active.get()) is None or all(layer is not self for layer in cache.layers):
+            _refuse("a forward outside of the cache's context", "call the model inside `with cache.on(model):`")
+        if self is cache.layers[0] and len({layer.seen for layer in cache.layers}) > 1:
+            _refuse("layers out of step (a forward was cut short)", "reset() the cache, or go on from an earlier fork()")
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = _append(self.keys, key_states), _append(self.values, value_states)
+        self.seen += key_states.shape[-2]
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.held + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized, self.seen = False, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        _refuse(f"crop({tokens_to_remove})", "fork() the cache before the tokens to drop")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        _refuse("beam search", "decode greedily or sample (num_beams=1)")
+
+
+def _refuse(came: str, fix: str) -> NoReturn:
+    check.fail("PolicyCache", came, "one model, run through `on`, forwards only", fix, error=RuntimeError)
+
+
+def _append(old: Tensor | None, new: Tensor) -> Tensor:
+    if old is not None:
+        return torch.cat((old, new), -2)
+    # a slice of a fused projection would keep the whole of it alive
+    return new if new.untyped_storage().nbytes() == new.numel() * new.element_size() else new.clone()
+
+
+class PolicyCache(Cache):
+    """A cache under one policy.
+
+    Args:
+        config: of the model that will use it.
+        policy: a preset of `memlens.kv.policies`; `full()` keeps everything.
+        hold_until: nothing is evicted before this many tokens have been seen: the length of a prompt that arrives in
+            parts. A policy that compresses once does so when it is reached.
+    """
+
+    def __init__(self, config: Any, policy: Policy | None = None, *, hold_until: int = 0):
+        text = config.get_text_config()
+        super().__init__(layers=[HeldLayer() for _ in range(text.num_hidden_layers)])
+        self._policy, self._shape, self.hold_until = policy or full(), _shape(text), hold_until
+        self.state: tuple[LayerState | None, ...] = self._policy.init(text)
+        self._inv_freq: Tensor | None = None
+        self._scale: float | None = None
+        self._queries: list[list[Tensor]] | None = None
+
+    @property
+    def policy(self) -> Policy:
+        """Fixed for the cache's life: the state belongs to it."""
+        return self._policy
+
+    @property
+    def held(self) -> list[int]:
+        """Tokens held by each layer, in every kv head."""
+        return [layer.held for layer in self.layers]
+
+    def positions(self, layer: int) -> Tensor:
+        """Where the held tokens of a layer stood in the text, (B, Hkv, held) int32; negative for left padding."""
+        return self.state[layer].stream.pos
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of the storages that the cache keeps alive, by part."""
+        states = [entry for entry in self.state if entry is not None]
+        parts = {
+            "payload": [x for layer in self.layers for x in (layer.keys, layer.values) if x is not None],
+            "positions": [entry.stream.pos for entry in states],
+            "scores": [entry.stream.score for entry in states],
+            "memory": [x for s in states for x in (*s.stream.aux.values(), s.memory) if isinstance(x, Tensor)],
+        }
+        return {name: sum(x.untyped_storage().nbytes() for x in tensors) for name, tensors in parts.items()}
+
+    def record(self, on: bool = True) -> list[list[Tensor]]:
+        """Keep the queries of every forward from now on: per layer, a list of (B, H, n, D). For experiments."""
+        self._queries = [[] for _ in self.layers] if on else None
+        return self._queries or []
+
+    def under(self, policy: Policy, queries: list[Tensor]) -> PolicyCache:
+        """A cache that shows these queries (per layer, (B, H, held, D)) to another policy and lets it evict once."""
+        twin = self.fork(hold_until=0)
+        twin._policy, twin.state = policy, policy.init(layers=len(self.layers))
+        pad = (self.positions(0)[:, 0] < 0).sum(-1)
+        for index, layer in enumerate(twin.layers):
+            twin.observe(index, queries[index], layer.keys, pad=pad if bool(pad.any()) else None, scale=self._scale)
+            twin.evict(index)
+        return twin
+
+    def fork(self, *, hold_until: int | None = None) -> PolicyCache:
+        """Another cache with the same contents; neither sees what the other gets later. Nothing is copied."""
+        twin = copy(self)
+        twin.layers, twin._queries = [copy(layer) for layer in self.layers], None
+        twin.hold_until = self.hold_until if hold_until is None else hold_until
+        return twin
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row, to ask several questions of one context at once."""
+        for layer in self.layers:
+            layer.keys, layer.values = (x.repeat_interleave(repeats, 0) for x in (layer.keys, layer.values))
+        self.state = tuple(entry.repeated(repeats) for entry in self.state)
+
+    def reset(self) -> None:
+        """An empty cache under the same policy."""
+        super().reset()
+        self.state = self._policy.init(layers=len(self.layers))
+
+    @contextmanager
+    def on(self, model: Any) -> Iterator[PolicyCache]:
+        """Run the model's attention through this cache; its own implementation is restored afterwards.
+
+        Raises:
+            ValueError: another model's shape, or a rolling policy on a model without plain rotary positions.
+        """
+        if (shape := _shape(model.config.get_text_config())) != self._shape:
+            check.fail(
+                "PolicyCache", f"a model of (layers, kv heads, dim) {shape}", f"{self._shape}", "make it its own cache"
+            )
+        self._inv_freq = _frequencies(model) if self._policy.rolling else None
+        AttentionInterface.register(NAME, _attention)
+        AttentionMaskInterface.register(NAME, _padding)
+        before = model.config._attn_implementation
+        token = _active.set(self)
+        try:
+            model.set_attn_implementation(NAME)
+            yield self
+        finally:
+            _active.reset(token)
+            model.set_attn_implementation(before)
+
+    def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, pad: Tensor | None) -> Tensor:
+        """One layer's attention over what it holds, (B, H, n, D); then the policy observes, and evicts if it is time."""
+        before, rows, mask = self.state[index], q.shape[2], None
+        if pad is not None or self._inv_freq is not None:
+            pos = positions(before.stream if before else stream(*k.shape[:2], device=k.device), rows, pad)
+            mask = None if pad is None else (pos >= 0).repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None]
+            if self._inv_freq is not None:
+                offset = (pos >= 0).cumsum(-1) - 1 - pos  # to the token's rank among those held
+                q, k = shift(q, offset[:, :1, -rows:], self._inv_freq), shift(k, offset, self._inv_freq)
+        out, lse = attend(q, k, v, mask=mask, scale=scale, return_lse=True)
+        if self._queries is not None:
+            self._queries[index].append(q)
+        self._scale = scale
+        self.observe(index, q, k, lse=lse, pad=pad, scale=scale)
+        if self.layers[index].seen >= self.hold_until:
+            self.evict(index)
+        return out
+
+    def observe(self, index: int, q: Tensor, k: Tensor, **seen: Any) -> None:
+        """Show the policy the rows q (B, H, n, D) of a layer, whose keys are the last n of k."""
+        v, start = self.layers[index].values, k.shape[2] - q.shape[2]
+        self.state = self._policy.observe(self.state, index, q, k, v, start, **seen)
+
+    def evict(self, index: int) -> None:
+        """Carry out the policy's plan for a layer; what it gives up is freed."""
+        layer = self.layers[index]
+        idx = self._policy.plan(self.state, index, layer.held)
+        if idx is not None:
+            layer.keys, layer.values = gather_kv(layer.keys, layer.values, idx)
+        self.state = self._policy.took(self.state, index, idx)
+
+
+def _shape(text_config: Any) -> tuple[int, int, int]:
+    dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    return text_config.num_hidden_layers, text_config.num_key_value_heads, dim
+
+
+def _frequencies(model: Any) -> Tensor:
+    found = [x for name, x in model.named_buffers() if name.endswith("rotary_emb.inv_freq")]
+    if len(found) != 1 or 2 * found[0].numel() != _shape(model.config.get_text_config())[2]:
+        check.fail("PolicyCache", "a rolling policy", "a model with one rotary table over whole heads", "use rolling=False")
+    return found[0]
+
+
+def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, scaling=None, **options: Any):
+    """What the model calls in place of its own attention; `attention_mask` is what `_padding` returned."""
+    cache = _active.get()
+    if cache is None or cache.layers[module.layer_idx].keys is not k:
+        _refuse("a forward without this cache", "pass past_key_values=cache inside `with cache.on(model):`")
+    window, seen = options.get("sliding_window"), cache.layers[module.layer_idx].seen
+    other = options.get("dropout") or options.get("softcap") or options.get("s_aux") is not None
+    if other or (window is not None and seen > window) or (attention_mask is not None and attention_mask.ndim != 1):
+        fix = "call model.eval(); pass a 2-d attention_mask; no softcap, attention sinks, or window that is exceeded"
+        _refuse("attention that is not plain and causal", fix)
+    return cache.attend(module.layer_idx, q, k, v, scaling, attention_mask).transpose(1, 2).contiguous(), None
+
+
+def _padding(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """The model's 2-d mask as the number of padded tokens on the left of each row, (B,); None where there are none."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    pad = (~attention_mask.bool()).sum(-1)
+    if not torch.equal(attention_mask.bool(), torch.arange(attention_mask.shape[1], device=pad.device) >= pad[:, None]):
+        _refuse("an attention_mask with holes or padding on the right", "pad on the left (tokenizer.padding_side = 'left')")
+    return pad

@@ -1,0 +1,240 @@
+"""Which tokens a cache keeps: a policy is a score, a budget, the protected ends and a moment, and a paper is one of them.
+
+    policy = h2o(heavy=51, recent=51)
+    state = policy.init(config, layers=30)
+    state = policy.observe(state, layer, q, k, v, q_start, lse)      # after each forward of each layer
+    idx = policy.plan(state, layer, k.shape[2])                      # which tokens stay, or None for all
+    state = policy.took(state, layer, idx)                           # once k and v were gathered at idx
+
+Two policies that differ by a score differ by a score: `h2o(51, 51)._replace(first=4)` is H2O with four sinks. The cache in
+`memlens.kv.cache` runs this protocol inside a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from memlens import check
+from memlens.kv.score import column_mass, smooth
+from memlens.kv.select import StreamState, extend, positions, repeat, stream, take, topk_keep
+
+__all__ = ["Block", "LayerState", "Policy", "full", "h2o", "random_keep", "snapkv", "streaming", "tova"]
+
+
+class Block(NamedTuple):
+    """One forward of one layer, as a score sees it. Keys are those held, then the new ones."""
+
+    q: Tensor  # (B, H, n, D), the new rows
+    k: Tensor  # (B, Hkv, L, D)
+    v: Tensor  # (B, Hkv, L, Dv)
+    q_start: int  # index of the first new row among the keys: L - n
+    lse: Tensor | None  # (B, H, n)
+    alive: Tensor | None  # (B, Hkv, L) bool, False for padding; None where there is none
+    pad: Tensor | None  # (B,) tokens of left padding in each row
+    scale: float | None
+    layer: int
+
+
+class LayerState(NamedTuple):
+    stream: StreamState  # per token, gathered with the keys
+    memory: Any = None  # what a score remembers besides, e.g. the last queries
+    done: bool = False  # a policy that compresses once has done so
+
+    def repeated(self, times: int) -> LayerState:
+        """The state of a batch whose every row is repeated."""
+        memory = self.memory.repeat_interleave(times, 0) if isinstance(self.memory, Tensor) else self.memory
+        return self._replace(stream=repeat(self.stream, times), memory=memory)
+
+
+Score = Callable[[LayerState, Block], LayerState]
+
+
+class Policy(NamedTuple):
+    name: str
+    score: Score  # what a token is worth, carried from block to block
+    budget: int | tuple[int, ...] | None = (
+        None  # tokens per (layer, kv head), one for all layers or one each; None keeps all
+    )
+    first: int = 0  # sinks: always kept, inside the budget
+    last: int = 0  # recent tokens: likewise
+    when: str = "always"  # evict after every forward, or once at the end of the "prompt"
+    rolling: bool = False  # attend as if the kept tokens stood at positions 0, 1, 2, ...
+
+    def init(self, cfg: Any = None, layers: int | None = None) -> tuple[LayerState | None, ...]:
+        """The state before any token, one entry per layer; `layers` defaults to the configuration's.
+
+        Raises:
+            ValueError: a budget below first + last or below 1, a budget for another number of layers.
+        """
+        layers = cfg.num_hidden_layers if layers is None else layers
+        check.one_of(self.name, ("always", "prompt"), when=self.when)
+        if isinstance(self.budget, tuple) and len(self.budget) != layers:
+            check.fail(self.name, f"{len(self.budget)} budgets for {layers} layers", "one for each layer, or one number")
+        for budget in self.budget if isinstance(self.budget, tuple) else (self.budget,):
+            if budget is not None:
+                fix = f"first={self.first} and last={self.last} count inside the budget"
+                check.at_least(self.name, max(1, self.first + self.last), fix, budget=budget)
+        return (None,) * layers
+
+    def tokens(self, layer: int) -> int | None:
+        """Tokens that a kv head of this layer may hold; None for all."""
+        return self.budget[layer] if isinstance(self.budget, tuple) else self.budget
+
+    def observe(
+        self, state: tuple, layer: int, q: Tensor, k: Tensor, v: Tensor, q_start: int, lse: Tensor | None = None, *,
+        pad: Tensor | None = None, scale: float | None = None,
+    ) -> tuple:  # fmt: skip
+        """The state after one more block of queries; k and v are all the keys held, the block's own at the end."""
+        check.at_least(self.name, 0, "hand over the held keys with the new ones appended", q_start=k.shape[2] - q.shape[2])
+        before = state[layer] or LayerState(stream(k.shape[0], k.shape[1], device=k.device))
+        alive = None if pad is None else positions(before.stream, q.shape[2], pad) >= 0
+        block = Block(q, k, v, q_start, lse, alive, pad, scale, layer)
+        if before.done:
+            after = before._replace(stream=extend(before.stream, _nothing(block), pad=pad))
+        else:
+            after = self.score(before, block)
+        return _put(state, layer, after)
+
+    def plan(self, state: tuple, layer: int, length: int) -> Tensor | None:
+        """Which of the `length` tokens stay, (B, Hkv, b) ascending; None where all do."""
+        held, budget = state[layer].stream, self.tokens(layer)
+        if budget is None or budget >= length or state[layer].done:
+            return None
+        return topk_keep(held.score, budget, first=self.first, last=self.last, alive=_real(held.pos))
+
+    def took(self, state: tuple, layer: int, idx: Tensor | None) -> tuple:
+        """The state once the plan was carried out (idx None: nothing went). A one-time policy is done with it."""
+        now = state[layer]
+        kept = now.stream if idx is None else take(now.stream, idx)
+        once = self.when == "prompt"
+        return _put(state, layer, LayerState(kept, None if once else now.memory, once))
+
+
+def _put(state: tuple, layer: int, value: LayerState) -> tuple:
+    return (*state[:layer], value, *state[layer + 1 :])
+
+
+def _real(pos: Tensor) -> Tensor | None:
+    real = pos >= 0
+    return None if bool(real.all()) else real
+
+
+def _nothing(block: Block) -> Tensor:
+    return torch.zeros(block.k.shape[:3], device=block.k.device)
+
+
+# --- scores: (state of a layer, block) -> state of the layer -------------------------------------------------------
+
+
+def no_score(state: LayerState, block: Block) -> LayerState:
+    """Every token is worth 0."""
+    return state._replace(stream=extend(state.stream, _nothing(block), pad=block.pad))
+
+
+def recency(state: LayerState, block: Block) -> LayerState:
+    """A token is worth its position: the newest stay."""
+    after = extend(state.stream, _nothing(block), pad=block.pad)
+    return state._replace(stream=after._replace(score=after.pos.float()))
+
+
+def accumulated(state: LayerState, block: Block, *, group: str) -> LayerState:
+    """A token is worth all the attention that it got while it was held, summed over rows."""
+    seen = {"q_start": block.q_start, "alive": block.alive, "scale": block.scale}
+    mass = column_mass(block.q, block.k, lse=block.lse, group=group, **seen)
+    return state._replace(stream=extend(state.stream, mass, pad=block.pad))
+
+
+def observed(state: LayerState, block: Block, *, window: int, kernel: int, pool: str, group: str) -> LayerState:
+    """A token is worth the attention of the last `window` rows, pooled with its neighbours. The rows may span blocks."""
+    q = block.q if state.memory is None else torch.cat((state.memory, block.q), 2)
+    q, length = q[:, :, -window:], block.k.shape[2]
+    mass = column_mass(q, block.k, group=group, alive=block.alive, scale=block.scale)
+    before = max(0, length - window)  # the window's own columns are kept anyway and must not leak into the pool
+    score = torch.cat((smooth(mass[..., :before], kernel, pool), mass[..., before:]), -1)
+    after = extend(state.stream, _nothing(block), pad=block.pad)
+    return state._replace(stream=after._replace(score=score), memory=q.clone())
+
+
+def last_row(state: LayerState, block: Block) -> LayerState:
+    """A token is worth what the newest row gives it, averaged over all heads."""
+    mass = column_mass(block.q, block.k, reduce="last", alive=block.alive, scale=block.scale)
+    after = extend(state.stream, _nothing(block), pad=block.pad)
+    return state._replace(stream=after._replace(score=mass.mean(1, keepdim=True).expand_as(mass).contiguous()))
+
+
+def drawn(state: LayerState, block: Block, *, generator: torch.Generator) -> LayerState:
+    """A token is worth a number drawn when it arrives."""
+    shape = (*block.k.shape[:2], block.q.shape[2])
+    draw = torch.rand(shape, generator=generator, device=generator.device).to(block.k.device)
+    score = torch.cat((torch.zeros_like(state.stream.score), draw), -1)
+    return state._replace(stream=extend(state.stream, score, pad=block.pad))
+
+
+# --- presets -------------------------------------------------------------------------------------------------------
+
+
+def full() -> Policy:
+    """Keep everything."""
+    return Policy("full", no_score)
+
+
+def streaming(budget: int, *, sinks: int = 4) -> Policy:
+    """The first `sinks` tokens and the newest ones, the rest of the budget. Source: arXiv:2309.17453.
+
+    Raises:
+        ValueError: budget <= sinks.
+    """
+    check.at_least("streaming", sinks + 1, f"the {sinks} sinks count inside it", budget=budget)
+    return Policy("streaming", recency, budget, first=sinks, last=budget - sinks)
+
+
+def random_keep(budget: int, *, generator: torch.Generator, sinks: int = 4, recent: int = 0) -> Policy:
+    """The sinks, the recent tokens and a random choice of the others: what any score must beat."""
+    return Policy("random", partial(drawn, generator=generator), budget, first=sinks, last=recent)
+
+
+def tova(budget: int) -> Policy:
+    """The tokens that the newest row attends to most, one choice for all heads of a layer. Source: arXiv:2401.06104."""
+    return Policy("tova", last_row, budget)
+
+
+def h2o(heavy: int, recent: int, *, group: str = "mean", rolling: bool = False) -> Policy:
+    """H2O: the `recent` newest tokens and, of the others, the `heavy` with the most attention so far.
+
+    The sum runs over every row since the token came; what was evicted is forgotten. The paper takes heavy = recent.
+
+    Args:
+        heavy, recent: tokens per (layer, kv head); the budget is their sum.
+        group: how the query heads of a kv head share one score: "mean", "max" or "sum".
+        rolling: attend as if the kept tokens stood next to each other, for streams longer than the trained length.
+    Raises:
+        ValueError: negative counts, or heavy + recent = 0.
+    Source: arXiv:2306.14048, algorithm 1; its code sums a batch into one score and repeats kv heads, this does neither.
+    """
+    check.at_least("h2o", 0, heavy=heavy, recent=recent)
+    check.at_least("h2o", 1, "keep at least one token", budget=heavy + recent)
+    return Policy("h2o", partial(accumulated, group=group), heavy + recent, last=recent, rolling=rolling)
+
+
+def snapkv(capacity: int, *, window: int = 32, kernel: int = 7, pool: str = "max", group: str = "mean") -> Policy:
+    """SnapKV: at the end of the prompt, the last `window` tokens and what they attend to, pooled; nothing goes later.
+
+    Args:
+        capacity: tokens per (layer, kv head), window included.
+        window: newest rows whose attention counts; they are kept.
+        kernel, pool: width (odd) and kind ("max", "avg") of the pooling; kernel=1 is none.
+        group: how the query heads of a kv head share one score.
+    Raises:
+        ValueError: capacity <= window, window < 1, an even kernel, an unknown pool.
+    Source: arXiv:2404.14469, section 4; its code chooses per query head and stores repeated kv heads, this stores kv heads.
+    """
+    check.at_least("snapkv", 1, window=window)
+    check.at_least("snapkv", window + 1, f"the window of {window} counts inside it", capacity=capacity)
+    smooth(torch.zeros(1), kernel, pool)
+    score = partial(observed, window=window, kernel=kernel, pool=pool, group=group)
+    return Policy("snapkv", score, capacity, last=window, when="prompt")
