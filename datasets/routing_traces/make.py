@@ -26,18 +26,14 @@ def slices(tokenizer, length: int) -> dict[str, list[torch.Tensor]]:
     held_out = [task for place, task in enumerate(data.arc()) if place % 5 == 0]
     grids = "\n\n".join(data.grid_text(grid) for task in held_out for pair in task.train for grid in pair)
     arc = torch.tensor([tokenizer(grids, add_special_tokens=False, verbose=False)["input_ids"]])
+    steps = range(SAMPLES)
     out = {
-        "plays": [
-            data.text("tempest", start=1_000 + 3_000 * i, length=length, tokenizer=tokenizer) for i in range(SAMPLES)
-        ],
-        "verse": [
-            data.text("paradise_lost", start=121_000 + 3_000 * i, length=length, tokenizer=tokenizer)
-            for i in range(SAMPLES)
-        ],
+        "plays": [data.text("tempest", start=1_000 + 3_000 * i, length=length, tokenizer=tokenizer) for i in steps],
+        "verse": [data.text("paradise_lost", start=120_500 + 2_500 * i, length=length, tokenizer=tokenizer) for i in steps],
         "python": [data.python_source(name, start=1_000, length=length, tokenizer=tokenizer) for name in python],
         "arc": [],
     }
-    for i in range(SAMPLES):
+    for i in steps:
         out["arc"].append(arc[:, 1_000 * i : 1_000 * i + length])
         out["arc"][-1].slice_name = data.slice_name("arc held out", 1_000 * i, length, unit="tokens")
     return out
@@ -56,9 +52,10 @@ def main() -> None:
     model, tokenizer = smollm2()
     routers = {}
     for split in ("kmeans", "random"):
-        generator = torch.Generator().manual_seed(0)
-        names = {f"layers.{layer}.mlp": model.model.layers[layer].mlp for layer in LAYERS}
-        routers[split] = {name: moefy(mlp, 16, 4, split=split, generator=generator)[1] for name, mlp in names.items()}
+        routers[split] = {}
+        for layer in LAYERS:
+            name, generator = f"layers.{layer}.mlp", torch.Generator().manual_seed(layer)
+            routers[split][name] = moefy(model.model.get_submodule(name), 16, 4, split=split, generator=generator)[1]
     domains = slices(tokenizer, CONTEXT + SINKS)
     parts = domains["plays"] + domains["python"]
     labels = ["plays"] * SAMPLES + ["python"] * SAMPLES

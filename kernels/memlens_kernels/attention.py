@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memlens_kernels.attention_config import DELTA_ROWS, LENGTH, Config, argument, config, target, work
+from memlens_kernels.attention_config import DELTA_ROWS, LENGTH, Config, config, make_tile, target, work
 from memlens_kernels.attention_steps import (
     LOG2E,
     fold_gradient,
@@ -36,7 +36,6 @@ from memlens_kernels.tile import TARGETS, Tile
 __all__ = ["MAX_DIM", "attention_backward", "attention_forward", "tiles"]
 
 MAX_DIM = 256
-AXES = ("batch", "head", "row")
 LENGTHS = ["q_len", "k_len", "offset"]  # not specialised: one binary serves every length
 
 
@@ -183,30 +182,37 @@ def dq_kernel(
     store_tile(dq + head_id * q_len * DIM, dq_tile * scale, first_row, q_len, BLOCK_Q, DIM, BLOCK_D)
 
 
-def _block(dim: int) -> int:
+def block_dim(dim: int) -> int:
+    """A head dim padded to a power of two of at least 16, as a tile needs it."""
     return max(16, triton.next_power_of_2(dim))
 
 
-def _rows_apart(*tensors: Tensor) -> list[Tensor]:
+def rows_apart(*tensors: Tensor) -> list[Tensor]:
     """The tensors with neighbours in memory along the last axis; others are copied."""
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
-def _shared(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, offset: int
-) -> dict[str, Any]:
-    """The arguments that forward, dK/dV and dQ have in common."""
-    strides = {f"{name}_{axis}": x.stride(i) for name, x in (("q", q), ("k", k), ("v", v)) for i, axis in enumerate(AXES)}
-    full = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
-    for i, axis in enumerate((*AXES, "key")):
-        strides["mask_key" if axis == "key" else f"mask_{axis}"] = 0 if full is None else full.stride(i)
-    return strides | {
-        "q": q, "k": k, "v": v, "mask": q if full is None else full.view(torch.uint8),
-        "heads": q.shape[1], "group": q.shape[1] // k.shape[1], "q_len": q.shape[2], "k_len": k.shape[2], "offset": offset,
-        "scale_log2": scale * LOG2E.value, "DIM": q.shape[-1], "VALUE_DIM": v.shape[-1], "BLOCK_D": _block(q.shape[-1]),
-        "BLOCK_V": _block(v.shape[-1]), "CAUSAL": causal, "MASK": full is not None,
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """`q_batch`, `q_head`, `q_row`, ... for tensors (batch, heads, rows, dim)."""
+    return {f"{name}_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate(("batch", "head", "row"))}
+
+
+def shared_arguments(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, offset: int) -> dict[str, Any]:
+    """The arguments that every attention kernel but delta takes."""
+    return strides(q=q, k=k, v=v) | {
+        "q": q, "k": k, "v": v, "heads": q.shape[1], "group": q.shape[1] // k.shape[1],
+        "q_len": q.shape[2], "k_len": k.shape[2], "offset": offset, "scale_log2": scale * LOG2E.value,
+        "DIM": q.shape[-1], "VALUE_DIM": v.shape[-1], "BLOCK_D": block_dim(q.shape[-1]), "BLOCK_V": block_dim(v.shape[-1]),
+        "CAUSAL": causal, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }  # fmt: skip
+
+
+def _mask_arguments(q: Tensor, k: Tensor, mask: Tensor | None) -> dict[str, Any]:
+    axes = ("mask_batch", "mask_head", "mask_row", "mask_key")
+    if mask is None:
+        return dict.fromkeys(axes, 0) | {"mask": q, "MASK": False}
+    full = mask.expand(*q.shape[:3], k.shape[2])  # a broadcast axis has stride 0
+    return dict(zip(axes, full.stride(), strict=True)) | {"mask": full.view(torch.uint8), "MASK": True}
 
 
 def attention_forward(
@@ -216,17 +222,26 @@ def attention_forward(
 
     `mask` is bool and broadcasts to (B,H,Tq,Tk); dims are at most MAX_DIM.
     """
-    q, k, v = _rows_apart(q, k, v)
+    q, k, v = rows_apart(q, k, v)
     out = q.new_empty((*q.shape[:3], v.shape[-1]))
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    width = max(_block(q.shape[-1]), _block(v.shape[-1]))
-    tile = config("forward", width, q.element_size(), target(q))
-    grid = (triton.cdiv(q.shape[2], tile.block_q), q.shape[0] * q.shape[1])
-    forward_kernel[grid](
-        out=out, lse=lse, **_shared(q, k, v, mask, scale, causal, offset), BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    shared = shared_arguments(q, k, v, scale=scale, causal=causal, offset=offset) | _mask_arguments(q, k, mask)
+    tile = config("forward", max(shared["BLOCK_D"], shared["BLOCK_V"]), q.element_size(), target(q))
+    forward_kernel[(triton.cdiv(q.shape[2], tile.block_q), q.shape[0] * q.shape[1])](
+        out=out, lse=lse, **shared, **tile.options()
+    )
     return out, lse
+
+
+def delta_of(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
+    """rowsum(dout ∘ out) - dlse, (B,H,Tq) float32, from a contiguous out."""
+    delta = out.new_empty(out.shape[:3], dtype=torch.float32)
+    delta_kernel[(triton.cdiv(out.shape[2], DELTA_ROWS), out.shape[0] * out.shape[1])](
+        out=out, dout=dout, dlse=delta if dlse is None else dlse.contiguous(), delta=delta, **strides(do=dout),
+        heads=out.shape[1], q_len=out.shape[2], VALUE_DIM=out.shape[-1], BLOCK_V=block_dim(out.shape[-1]),
+        BLOCK_Q=DELTA_ROWS, DLSE=dlse is not None, num_warps=4,
+    )  # fmt: skip
+    return delta
 
 
 def attention_backward(
@@ -234,28 +249,16 @@ def attention_backward(
     scale: float, causal: bool, offset: int, mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv) from the results of `attention_forward` and the gradients of out and (or None) lse."""
-    q, k, v, dout = _rows_apart(q, k, v, dout)
-    out, lse = out.contiguous(), lse.contiguous()
-    dlse = None if dlse is None else dlse.contiguous()
-    (batch, heads, q_len, _), (kv_heads, k_len) = q.shape, k.shape[1:3]
-    width = max(_block(q.shape[-1]), _block(v.shape[-1]))
-    delta = torch.empty_like(lse)
-    dout_strides = {f"do_{axis}": dout.stride(i) for i, axis in enumerate(AXES)}
-    delta_kernel[(triton.cdiv(q_len, DELTA_ROWS), batch * heads)](
-        out, dout, lse if dlse is None else dlse, delta, **dout_strides, heads=heads, q_len=q_len,
-        VALUE_DIM=v.shape[-1], BLOCK_V=_block(v.shape[-1]), BLOCK_Q=DELTA_ROWS, DLSE=dlse is not None, num_warps=4,
-    )  # fmt: skip
-    shared = _shared(q, k, v, mask, scale, causal, offset) | dout_strides
-    shared |= {"lse": lse, "delta": delta, "dout": dout, "scale": scale}
+    q, k, v, dout = rows_apart(q, k, v, dout)
+    shared = shared_arguments(q, k, v, scale=scale, causal=causal, offset=offset) | _mask_arguments(q, k, mask)
+    shared |= strides(do=dout) | {"lse": lse.contiguous(), "dout": dout, "scale": scale}
+    shared["delta"] = delta_of(out.contiguous(), dout, dlse)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    width = max(shared["BLOCK_D"], shared["BLOCK_V"])
     tile = config("dkdv", width, q.element_size(), target(q))
-    dkdv_kernel[(triton.cdiv(k_len, tile.block_k), batch * kv_heads)](
-        dk=dk, dv=dv, **shared, BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, num_warps=tile.warps, num_stages=tile.stages
-    )
+    dkdv_kernel[(triton.cdiv(k.shape[2], tile.block_k), k.shape[0] * k.shape[1])](dk=dk, dv=dv, **shared, **tile.options())
     tile = config("dq", width, q.element_size(), target(q))
-    dq_kernel[(triton.cdiv(q_len, tile.block_q), batch * heads)](
-        dq=dq, **shared, BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, num_warps=tile.warps, num_stages=tile.stages
-    )
+    dq_kernel[(triton.cdiv(q.shape[2], tile.block_q), q.shape[0] * q.shape[1])](dq=dq, **shared, **tile.options())
     return dq, dk, dv
 
 
@@ -272,13 +275,5 @@ def tiles() -> list[Tile]:
 
 def _tile(name: str, dtype: str, dim: int, tile: Config, targets: tuple[str, ...]) -> Tile:
     kernel = {"forward": forward_kernel, "delta": delta_kernel, "dkdv": dkdv_kernel, "dq": dq_kernel}[name]
-    given = {
-        "DIM": dim, "VALUE_DIM": dim, "BLOCK_D": dim, "BLOCK_V": dim, "BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k,
-        "CAUSAL": True, "MASK": False, "PRECISION": "tf32", "DLSE": True,
-    }  # fmt: skip
-    constants = {name: given[name] for name in kernel.arg_names if name in given}
-    signature = {name: "constexpr" if name in constants else argument(name, dtype) for name in kernel.arg_names}
-    flops, bytes_moved = work(name, dim, tile)
-    label = f"{name} {dtype} D{dim} {tile.block_q}x{tile.block_k} causal"
     at = f"length {LENGTH}, the block that sees all"
-    return Tile(kernel, label, signature, constants, tile.warps, tile.stages, flops, bytes_moved, at, targets)
+    return make_tile(kernel, f"{name} {dtype} D{dim}", dtype, dim, tile, work(name, dim, tile, LENGTH), at, targets)

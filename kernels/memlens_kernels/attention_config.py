@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["DELTA_ROWS", "LENGTH", "Config", "argument", "config", "target", "work"]
+from memlens_kernels.tile import Tile
+
+__all__ = ["DELTA_ROWS", "LENGTH", "Config", "config", "make_tile", "target", "work"]
 
 DELTA_ROWS = 64
 LENGTH = 4096  # at which the flops and bytes of a tile are counted
@@ -18,6 +20,10 @@ class Config(NamedTuple):
     block_k: int
     warps: int
     stages: int
+
+    def options(self) -> dict[str, int]:
+        """As launch arguments."""
+        return {"BLOCK_Q": self.block_q, "BLOCK_K": self.block_k, "num_warps": self.warps, "num_stages": self.stages}
 
 
 CONFIGS = {  # measured by the compile report: no spill where it is picked
@@ -47,21 +53,40 @@ def target(q: Tensor) -> str:
     return f"sm_{10 * torch.cuda.get_device_capability(q.device)[0]}" if q.is_cuda else "sm_80"
 
 
-def work(name: str, dim: int, tile: Config) -> tuple[int, int]:
-    """Flops and bytes of one program at `LENGTH` with two-byte elements; lse and delta have four."""
+def work(name: str, dim: int, tile: Config, visited: int) -> tuple[int, int]:
+    """Flops and bytes of one program that visits so many rows of the other side; two-byte elements, lse and delta four."""
     q, k = tile.block_q, tile.block_k
     return {
-        "forward": (4 * q * LENGTH * dim, 2 * dim * (2 * q + 2 * LENGTH) + 4 * q),
+        "forward": (4 * q * visited * dim, 2 * dim * (2 * q + 2 * visited) + 4 * q),
         "delta": (2 * q * dim, 2 * dim * 2 * q + 8 * q),
-        "dkdv": (8 * k * LENGTH * dim, 2 * dim * (4 * k + 2 * LENGTH) + 8 * LENGTH),
-        "dq": (6 * q * LENGTH * dim, 2 * dim * (3 * q + 2 * LENGTH) + 8 * q),
+        "dkdv": (8 * k * visited * dim, 2 * dim * (4 * k + 2 * visited) + 8 * visited),
+        "dq": (6 * q * visited * dim, 2 * dim * (3 * q + 2 * visited) + 8 * q),
     }[name]
 
 
-def argument(name: str, dtype: str) -> str:
-    """The type of a kernel argument by its name, as a compile signature writes it."""
-    if name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv"):
-        return f"*{dtype}"
-    if name in ("lse", "dlse", "delta"):
-        return "*fp32"
-    return "*u8" if name == "mask" else "fp32" if name.startswith("scale") else "i32"
+POINTERS = {
+    **dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv")), **dict.fromkeys(("lse", "dlse", "delta"), "*fp32"),
+    **dict.fromkeys(("starts", "blocks"), "*i32"), "mask": "*u8",
+}  # fmt: skip
+
+
+def make_tile(
+    kernel: Any, label: str, dtype: str, dim: int, tile: Config, cost: tuple[int, int], at: str, targets: tuple[str, ...]
+) -> Tile:  # fmt: skip
+    """The compile request for a causal call with equal key and value dims and rows that start at 16-byte addresses."""
+    given = {
+        "DIM": dim, "VALUE_DIM": dim, "BLOCK_D": dim, "BLOCK_V": dim, "BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k,
+        "CAUSAL": True, "MASK": False, "PRECISION": "tf32", "DLSE": True,
+    }  # fmt: skip
+    constants = {name: given[name] for name in kernel.arg_names if name in given}
+    signature = {name: "constexpr" if name in constants else _kind(name, dtype) for name in kernel.arg_names}
+    rows = [f"{name}_{axis}" for name in ("q", "k", "v", "do") for axis in ("batch", "head", "row")]
+    aligned = tuple(name for name in kernel.arg_names if name in POINTERS or name in rows)
+    label = f"{label} {tile.block_q}x{tile.block_k} causal"
+    return Tile(kernel, label, signature, constants, tile.warps, tile.stages, *cost, at, targets, aligned)
+
+
+def _kind(name: str, dtype: str) -> str:
+    if name in POINTERS:
+        return POINTERS[name] or f"*{dtype}"
+    return "fp32" if name.startswith("scale") else "i32"

@@ -298,3 +298,91 @@ def grads_kernel(
     inner_q, inner_k = pairs_backward(d_scores * scale, q_tile, k_tile, g, row, length, KEY, BK, C, LEVELS, DECAY, LOW)
     store(dq + head * size * KEY, d_q * scale + inner_q, row, 0, length, KEY, C, BK)
     store(dk + head * size * KEY, d_k + inner_k, row, 0, length, KEY, C, BK)
+
+
+class Plan(NamedTuple):
+    chunk: int
+    value_block: int
+    warps: int
+
+
+def plan(key_dim: int, value_dim: int, *, channel: bool, dtype: torch.dtype, chunk: int = 64) -> Plan:
+    """Tile sizes that do not spill; the chunk is the caller's where it is smaller.
+
+    Raises:
+        ValueError: key_dim over MAX_KEY.
+    """
+    if key_dim > MAX_KEY:
+        raise ValueError(f"linear: key_dim={key_dim}; the kernels take at most {MAX_KEY}")
+    small = channel or key_dim > 64 or dtype == torch.float32
+    return Plan(max(16, min(chunk, 16 if small else 32)), 16 if value_dim <= 16 or small else 32, 4)
+
+
+def _constants(q: Tensor, u: Tensor, g: Tensor | None, p: Plan) -> dict:
+    key = q.shape[-1]
+    return {
+        "KEY": key, "VALUE": u.shape[-1], "BK": max(16, triton.next_power_of_2(key)), "BV": p.value_block, "C": p.chunk,
+        "DECAY": 0 if g is None else g.ndim - 2, "LOW": LOW[q.dtype], "num_warps": p.warps, "num_stages": 2,
+    }  # fmt: skip
+
+
+LOW = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+LEVELS = {16: 4, 32: 5}
+
+
+def linear_forward(
+    q: Tensor, k: Tensor, u: Tensor, w: Tensor | None, g: Tensor | None, first: Tensor, *, scale: float, p: Plan, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out (B, H, T, V) in `dtype`, what was written (B, H, T, V; u itself without w), states (B, H, chunks + 1, K, V) float32.
+
+    Args:
+        q, k, u, w, g: as at the top of this module, contiguous. first: (B, H, K, V) float32, the state before the first token.
+    """
+    batch, heads, key, value = first.shape
+    length = q.shape[2]
+    chunks, blocks = triton.cdiv(length, p.chunk), triton.cdiv(value, p.value_block)
+    same = _constants(q, u, g, p)
+    g = first if g is None else g  # a pointer that DECAY = 0 never reads
+    sizes = {"heads": heads, "k_group": heads // k.shape[1], "u_group": heads // u.shape[1], "length": length, "chunks": chunks}
+    states = first.new_empty(batch, heads, chunks + 1, key, value)
+    states[:, :, 0] = first
+    writes = u if w is None else torch.empty_like(u)
+    out = torch.empty(batch, heads, length, value, dtype=dtype, device=q.device)
+    states_kernel[(batch * heads, blocks)](k, u, w, g, states, writes, **sizes, **same, DELTA=w is not None)
+    read_kernel[(chunks, batch * heads, blocks)](
+        q, k, writes, g, states, out, q_group=heads // q.shape[1], scale=scale, **sizes, **same, LEVELS=LEVELS[p.chunk]
+    )
+    return out, writes, states
+
+
+class Grads(NamedTuple):
+    q: Tensor  # (B, H, T, K) float32, for each head; heads that shared are for the caller to add up
+    k: Tensor
+    u: Tensor  # (B, H, T, V) float32
+    w: Tensor | None  # (B, H, T, K) float32
+    kept: Tensor | None  # (B, H, chunks, K) float32: the state after each chunk times its gradient, summed over values
+    first: Tensor  # (B, H, K, V) float32
+
+
+def linear_backward(q, k, writes, w, g, states, dout, dlast, *, scale: float, p: Plan) -> Grads:
+    """Gradients from those of out (B, H, T, V) and of the last state (B, H, K, V); arguments as `linear_forward` gave them."""
+    batch, heads, slots, key, value = states.shape
+    length, chunks = q.shape[2], slots - 1
+    blocks = triton.cdiv(value, p.value_block)
+    same, levels = _constants(q, writes, g, p), LEVELS[p.chunk]
+    kept = None if g is None else states.new_empty(batch, heads, chunks, key)
+    g = states if g is None else g  # a pointer that DECAY = 0 never reads
+    groups = {"q_group": heads // q.shape[1], "k_group": heads // k.shape[1]}
+    sizes = {"heads": heads, **groups, "length": length, "scale": scale}
+    d_states = torch.empty_like(states)
+    d_states[:, :, -1] = dlast
+    du = states.new_empty(batch, heads, length, value)
+    written_kernel[(chunks, batch * heads, blocks)](q, k, g, dout, du, **sizes, **same, LEVELS=levels)
+    d_states_kernel[(batch * heads, blocks)](q, k, w, g, dout, du, d_states, chunks=chunks, **sizes, **same, DELTA=w is not None)
+    dq, dk = (states.new_empty(batch, heads, length, key) for _ in range(2))
+    dw = None if w is None else torch.empty_like(dq)
+    grads_kernel[(chunks, batch * heads)](
+        q, k, writes, g, states, dout, du, d_states, dq, dk, dw, kept, u_group=heads // writes.shape[1], chunks=chunks,
+        **sizes, **same, LEVELS=levels, DELTA=w is not None,
+    )  # fmt: skip
+    return Grads(dq, dk, du, dw, kept, d_states[:, :, 0])

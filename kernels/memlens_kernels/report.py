@@ -117,7 +117,8 @@ def compile_tile(tile: Tile, target: str) -> Row:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("report: TRITON_INTERPRET=1 replaces the kernels by Python; unset it and run again")
     limits = TARGETS[target]
-    source = ASTSource(tile.kernel, tile.signature, tile.constants)
+    hints = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(tile.signature) if name in tile.aligned}
+    source = ASTSource(tile.kernel, tile.signature, tile.constants, hints)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     built = triton.compile(source, target=GPUTarget(limits.backend, limits.arch, limits.warp), options=options)
     read = _nvidia(built.asm["cubin"]) if limits.backend == "cuda" else _amd(built.asm["amdgcn"])

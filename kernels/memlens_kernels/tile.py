@@ -23,3 +23,4 @@ class Tile(NamedTuple):
     bytes: int  # read and written by one program, likewise
     at: str  # e.g. "length 4096"
     targets: tuple[str, ...] = TARGETS  # where the launcher picks it; another architecture may have its own tile
+    aligned: tuple[str, ...] = ()  # arguments that are multiples of 16 at every usual launch: pointers (bytes), strides

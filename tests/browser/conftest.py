@@ -119,6 +119,7 @@ def reader(chromium, lab, request):
         browser = player.chromium.launch(executable_path=chromium, args=list(FLAGS))
         reader = Reader(browser.new_page(viewport={"width": WIDE, "height": HIGH}), *lab)
         yield reader
+        reader.close()
         if request.node.went_wrong:
             reader.page.screenshot(path=SHOTS / f"failed-{re.sub('[^a-z0-9]+', '-', request.node.name)}.png")
         browser.close()
@@ -142,34 +143,44 @@ class Reader:
             self.refused.append(route.request.url)
             route.abort()
 
+    def ask(self, path: str, method: str = "GET"):
+        """The server's own answer, as JSON."""
+        request = urllib.request.Request(f"{self.address}/api/{path}?token={self.token}", method=method)
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return json.loads(answer.read() or "null")
+
     def open(self, name: str) -> None:
-        """Show a notebook, without the file browser beside it, and wait for its kernel."""
-        self.page.goto(f"{self.address}/lab/tree/{name}?token={self.token}&reset")
+        """Show a notebook in a workspace of its own and wait until its kernel has come to rest."""
+        self.page.goto(f"{self.address}/lab/workspaces/{secrets.token_hex(4)}/tree/{name}?token={self.token}")
         self.page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=90_000)
-        self.page.wait_for_selector(f"{INDICATOR}[data-status='idle']", timeout=90_000)
         if self.page.locator(".jp-FileBrowser").is_visible():
             self.page.keyboard.press("Control+b")
+        calm, end = 0, time.monotonic() + 90
+        while calm < 6:
+            self.page.wait_for_timeout(300)
+            states = [session["kernel"]["execution_state"] for session in self.ask("sessions")]
+            shown = self.page.locator(f"{INDICATOR}[data-status='idle']").count()
+            calm = calm + 1 if states == ["idle"] and shown else 0
+            assert time.monotonic() < end, f"no kernel for {name}: {states}"
+
+    def close(self) -> None:
+        """End every kernel, so that the next notebook has the machine to itself."""
+        for session in self.ask("sessions"):
+            self.ask(f"sessions/{session['id']}", "DELETE")
 
     def run_all(self, seconds: float = 240) -> None:
         """Run > Run All Cells; fails where a cell shows an error or writes to stderr."""
         self.page.click('.lm-MenuBar-itemLabel:text-is("Run")')
         self.page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
-        chosen = self.page.locator(".jp-Dialog button.jp-mod-accept")  # asked for on a busy machine: the kernel is offered
-        for _ in range(100):
-            if chosen.count():
-                chosen.first.click()
-            if self.page.evaluate(f"({STARTED})()"):
-                break
-            self.page.wait_for_timeout(200)
+        self.page.wait_for_function(STARTED, timeout=30_000)
         self.page.wait_for_function(DONE, timeout=seconds * 1000)
-        self.page.wait_for_selector(f"{INDICATOR}[data-status='idle']", timeout=60_000)
         for kind in ("error", "stderr"):
             said = self.page.locator(f'.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.{kind}"]')
             assert not said.count(), f"a cell shows this {kind}:\n{said.first.inner_text()[-2000:]}"
 
     def views(self) -> list:
         """The live views of the notebook: boxes of sliders with a picture, from the top."""
-        boxes = self.page.locator(".widget-vbox:has(.widget-output, .jupyter-widgets-output-area)")
+        boxes = self.page.locator(".memlens-view")
         return [boxes.nth(index) for index in range(boxes.count())]
 
     def settled(self, picture, seconds: float = 30) -> bytes:
@@ -186,7 +197,7 @@ class Reader:
         """Move the first slider of a view by one step; the seconds until its picture changed."""
         handle = view.locator(".noUi-handle").first
         handle.scroll_into_view_if_needed()
-        picture = view.locator(".widget-output, .jupyter-widgets-output-area").first
+        picture = view.locator(".memlens-screen")
         before = self.settled(picture)
         assert picture.locator("canvas, img").count(), "nothing is drawn beside the slider"
         for key in ("ArrowRight", "ArrowLeft", "ArrowLeft"):  # to the left where it stands at its end

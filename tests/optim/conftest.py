@@ -1,10 +1,5 @@
 """What the optimizer tests share: a two-layer net, seeded gradients, and the peer GaLore where it is installed."""
 
-import sys
-from importlib import import_module
-from importlib.util import find_spec
-from types import ModuleType
-
 import pytest
 import torch
 from torch import nn
@@ -58,15 +53,7 @@ def run():
 
 @pytest.fixture(scope="session")
 def galore_peer():
-    """galore_torch's AdamW; its package file also imports bitsandbytes, which its other modules do without."""
-    spec = find_spec("galore_torch")
-    if spec is None:
-        pytest.skip("galore-torch is not installed")
-    package = ModuleType("galore_torch")
-    package.__path__ = list(spec.submodule_search_locations)
-    held = sys.modules.get("galore_torch")
-    sys.modules["galore_torch"] = package
-    try:
-        return import_module("galore_torch.adamw").AdamW
-    finally:
-        sys.modules.pop("galore_torch") if held is None else sys.modules.update(galore_torch=held)
+    """galore_torch's AdamW, or a skip."""
+    from memlens.bench.optim import galore_torch_adamw
+
+    return galore_torch_adamw() or pytest.skip("galore-torch is not installed")

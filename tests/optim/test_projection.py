@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from memlens.optim import Subspace, energy_rank, gauss_subspace, pick_side, project, svd_subspace, unproject
+from memlens.optim import (
+    Subspace,
+    add_unprojected_,
+    energy_rank,
+    gauss_subspace,
+    pick_side,
+    project,
+    svd_subspace,
+    unproject,
+)
 
 SHAPES = [(7, 12), (12, 7), (9, 9), (1, 5), (5, 1)]
 
@@ -26,6 +35,17 @@ def test_the_projection_keeps_the_leading_energy(shape, rank, generator, close):
     close((g - unproject(project(g, sub), sub)).norm(), singular[rank:].norm())
     once = unproject(project(g, sub), sub)
     close(unproject(project(once, sub), sub), once)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adding_in_place_is_adding_what_comes_back(shape, dtype, generator):
+    sub = svd_subspace(torch.randn(shape, generator=generator), 3)
+    low, w = project(torch.randn(shape, generator=generator), sub), torch.randn(shape, generator=generator).to(dtype)
+    want = w.float() - 0.5 * unproject(low, sub)
+    address = w.data_ptr()
+    assert add_unprojected_(w, low, sub, -0.5).data_ptr() == address
+    torch.testing.assert_close(w.float(), want.to(dtype).float(), rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -99,6 +119,8 @@ def test_what_is_refused():
         svd_subspace(g, 1, "lefft")
     with pytest.raises(ValueError, match="expected"):
         project(g, Subspace(torch.zeros(6, 2), "left"))
+    with pytest.raises(ValueError, match="add_unprojected_: right has shape"):
+        add_unprojected_(g, torch.zeros(2, 5), Subspace(torch.zeros(4, 2), "left"), 1.0)
     with pytest.raises(ValueError, match="side='auto'"):
         unproject(g, Subspace(torch.zeros(4, 2), "auto"))
     with pytest.raises(ValueError, match="share=1"):

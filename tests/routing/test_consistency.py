@@ -13,6 +13,7 @@ from memlens.routing.consistency import (
     segment_sums,
     shuffle_control,
     srp,
+    srp_controlled,
     srp_floor,
 )
 from memlens.routing.trace import RoutingTrace
@@ -139,6 +140,15 @@ def test_shuffling_keeps_loads_and_destroys_locality(generator):
     assert torch.equal(control.experts.sort(1).values, trace.experts)
     assert srp(trace, 8).srp.item() > 0.85
     assert srp(control, 8).srp.item() < 0.6
+
+
+def test_the_control_is_the_mean_of_its_shuffles(generator):
+    trace = a_trace(generator)
+    found = srp_controlled(trace, [3, 5], shuffles=2, generator=torch.Generator().manual_seed(3))
+    draws = torch.Generator().manual_seed(3)
+    one, two = (srp(shuffle_control(trace, draws), [3, 5]).srp for _ in range(2))
+    np.testing.assert_allclose(found.shuffled, (one + two) / 2)
+    xr.testing.assert_identical(found.drop_vars("shuffled"), srp(trace, [3, 5]))
 
 
 def test_shuffling_moves_all_layers_and_what_they_read_alike(generator):

@@ -41,7 +41,7 @@ def block_attend(
         form: "reference" (the mask spread out over pairs), "torch" (visited blocks only), "triton" (a kernel that
             walks the list of visited blocks), "auto".
     Raises:
-        ValueError: sizes that disagree, or, with form="triton", blocks that are no power of two from 16 to 128.
+        ValueError: sizes that disagree, or, with form="triton", blocks that are no multiple of 16.
         TypeError: a block_mask that is not bool.
     """
     sizes = check.shapes(

@@ -60,14 +60,15 @@ def family_table() -> str:
 
 
 def gallery(link: str) -> str:
-    """One row a method: its figure, what the paper claims, and the words of our verdicts."""
-    found, lines = stored(), [_cells("figure", "method", "verdicts"), _cells("---", "---", "---")]
+    """One row a method: its figure, what is done, and the words of our verdicts."""
+    rows = [row for found in stored().values() for row in found]
+    lines = [_cells("figure", "method", "verdicts"), _cells("---", "---", "---")]
     for entry in entries().values():
-        if entry.status != "working" or entry.name not in found:
+        words = Counter(row.verdict for row in rows if row.key == entry.name)
+        if entry.status != "working" or not words:
             continue
-        figure = f"figures/{entry.family}-{entry.key}.png"
+        figure = f"figures/{entry.notebook.removeprefix('notebooks/').removesuffix('.ipynb').replace('/', '-')}.png"
         picture = f'<img src="{link}{figure}" width="260">' if (root() / figure).exists() else ""
-        words = Counter(row.verdict for row in found[entry.name])
         method = f"[**{entry.key}**]({link}{entry.notebook}): {entry.summary}"
         lines.append(_cells(picture, method, "<br>".join(f"{count} {word}" for word, count in words.items())))
     return "\n".join(lines)

@@ -51,9 +51,10 @@ def select(*, paper: str | None = None, family: str | None = None) -> dict[str, 
         return {paper: known[paper]}
     if paper is not None:
         entry = find(paper)
-        if entry.name not in known:
+        name = entry.book or entry.name
+        if name not in known:
             raise KeyError(f"reproduce: {entry.name} is {entry.status} and has no notebook yet; see `memlens status`")
-        return {entry.name: known[entry.name]}
+        return {name: known[name]}
     if family is not None:
         check.one_of("reproduce", FAMILIES, family=family)
         return {name: path for name, path in known.items() if name.startswith(f"{family}/")}

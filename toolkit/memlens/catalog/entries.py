@@ -7,6 +7,7 @@
     summary = "..."          # the idea, in our words
     block = ["memlens.kv.policies.h2o"]
     status = "working"       # or "planned"
+    notebook = "kv/scores"   # left out where it is the entry's own, family/key
     claims = [{ text = "throughput over FlexGen, OPT-30B", value = 3.0, unit = "x" }]
 
 An entry is named `family/key`; the bare key serves where it is unambiguous.
@@ -43,6 +44,7 @@ class Entry(NamedTuple):
     claims: tuple[Claim, ...]
     year: int | None = None
     source: str = ""
+    book: str = ""  # the notebook's name where several papers share one
 
     @property
     def name(self) -> str:
@@ -51,14 +53,14 @@ class Entry(NamedTuple):
     @property
     def notebook(self) -> str:
         """Path of the notebook from the project's top, whether or not it is written yet."""
-        return f"notebooks/{self.family}/{self.key}.ipynb"
+        return f"notebooks/{self.book or self.name}.ipynb"
 
 
 def _entry(family: str, key: str, row: dict) -> Entry:
     check.one_of(f"catalog {family}/{key}", STATUSES, status=row["status"])
     return Entry(
         family, key, row["title"], row["summary"], tuple(row["block"]), row["status"],
-        tuple(Claim(**claim) for claim in row["claims"]), row.get("year"), row.get("source", ""),
+        tuple(Claim(**claim) for claim in row["claims"]), row.get("year"), row.get("source", ""), row.get("notebook", ""),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ _HOMES = {
     "streaming": "policies", "tova": "policies",
     "PolicyCache": "cache", "compress": "cache", "continue_with": "cache", "prefill": "cache", "stream_eval": "cache",
 }  # fmt: skip
-_MODULES = ("adapter", "budget", "cache", "policies", "score", "select")
+_MODULES = ("adapter", "budget", "cache", "policies", "score", "select", "store")
 __all__ = [name for names in (_HOMES, _MODULES) for name in names]
 
 

@@ -16,78 +16,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, CacheLayerMixin
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
 from memlens import check
 from memlens.attention.exact import attend
 from memlens.attention.rope import shift
 from memlens.kv.policies import LayerState, Policy, full
 from memlens.kv.select import gather_kv, positions, stream
+from memlens.kv.store import HeldLayer, refuse
 
-__all__ = ["HeldLayer", "PolicyCache"]
+__all__ = ["PolicyCache"]
 
 NAME = "memlens_kv"
 _active: ContextVar[PolicyCache | None] = ContextVar("memlens_kv_cache", default=None)
-
-
-class HeldLayer(CacheLayerMixin):
-    """The keys and values that one layer holds, (B, Hkv, held, D), and how many tokens it has seen."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = 0
-
-    @property
-    def held(self) -> int:
-        return 0 if self.keys is None else self.keys.shape[-2]
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if (cache := _active.get()) is None or all(layer is not self for layer in cache.layers):
-            _refuse("a forward outside of the cache's context", "call the model inside `with cache.on(model):`")
-        if self is cache.layers[0] and len({layer.seen for layer in cache.layers}) > 1:
-            _refuse("layers out of step (a forward was cut short)", "reset() the cache, or go on from an earlier fork()")
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.keys, self.values = _append(self.keys, key_states), _append(self.values, value_states)
-        self.seen += key_states.shape[-2]
-        return self.keys, self.values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.held + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def reset(self) -> None:
-        self.keys = self.values = None
-        self.is_initialized, self.seen = False, 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        _refuse(f"crop({tokens_to_remove})", "fork() the cache before the tokens to drop")
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        _refuse("beam search", "decode greedily or sample (num_beams=1)")
-
-
-def _refuse(came: str, fix: str) -> NoReturn:
-    check.fail("PolicyCache", came, "one model, run through `on`, forwards only", fix, error=RuntimeError)
-
-
-def _append(old: Tensor | None, new: Tensor) -> Tensor:
-    if old is not None:
-        return torch.cat((old, new), -2)
-    # a slice of a fused projection would keep the whole of it alive
-    return new if new.untyped_storage().nbytes() == new.numel() * new.element_size() else new.clone()
 
 
 class PolicyCache(Cache):
@@ -133,6 +78,14 @@ class PolicyCache(Cache):
             "memory": [x for s in states for x in (*s.stream.aux.values(), s.memory) if isinstance(x, Tensor)],
         }
         return {name: sum(x.untyped_storage().nbytes() for x in tensors) for name, tensors in parts.items()}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Called by the model for each layer: the new keys and values go in, all that are held come out."""
+        if _active.get() is not self:
+            refuse("a forward outside of the cache's context", "call the model inside `with cache.on(model):`")
+        if layer_idx == 0 and len({layer.seen for layer in self.layers}) > 1:
+            refuse("layers out of step (a forward was cut short)", "reset() the cache, or go on from an earlier fork()")
+        return super().update(key_states, value_states, layer_idx)
 
     def record(self, on: bool = True) -> list[list[Tensor]]:
         """Keep the queries of every forward from now on: per layer, a list of (B, H, n, D). For experiments."""
@@ -238,12 +191,12 @@ def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Ten
     """What the model calls in place of its own attention; `attention_mask` is what `_padding` returned."""
     cache = _active.get()
     if cache is None or cache.layers[module.layer_idx].keys is not k:
-        _refuse("a forward without this cache", "pass past_key_values=cache inside `with cache.on(model):`")
+        refuse("a forward without this cache", "pass past_key_values=cache inside `with cache.on(model):`")
     window, seen = options.get("sliding_window"), cache.layers[module.layer_idx].seen
     other = options.get("dropout") or options.get("softcap") or options.get("s_aux") is not None
     if other or (window is not None and seen > window) or (attention_mask is not None and attention_mask.ndim != 1):
         fix = "call model.eval(); pass a 2-d attention_mask; no softcap, attention sinks, or window that is exceeded"
-        _refuse("attention that is not plain and causal", fix)
+        refuse("attention that is not plain and causal", fix)
     return cache.attend(module.layer_idx, q, k, v, scaling, attention_mask).transpose(1, 2).contiguous(), None
 
 
@@ -253,5 +206,5 @@ def _padding(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) ->
         return None
     pad = (~attention_mask.bool()).sum(-1)
     if not torch.equal(attention_mask.bool(), torch.arange(attention_mask.shape[1], device=pad.device) >= pad[:, None]):
-        _refuse("an attention_mask with holes or padding on the right", "pad on the left (tokenizer.padding_side = 'left')")
+        refuse("an attention_mask with holes or padding on the right", "pad on the left (tokenizer.padding_side = 'left')")
     return pad

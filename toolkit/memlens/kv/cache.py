@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from memlens import check
-from memlens.kv.adapter import HeldLayer, PolicyCache
+from memlens.kv.adapter import PolicyCache
 from memlens.kv.policies import Policy, full
+from memlens.kv.store import HeldLayer
 
 __all__ = ["HeldLayer", "PolicyCache", "Prefilled", "compress", "continue_with", "prefill", "stream_eval"]
 
@@ -95,7 +96,7 @@ def _stream(model: Any, cache: PolicyCache, ids: Tensor, chunk: int, start: int)
 def compress(filled: Prefilled, policy: Policy) -> PolicyCache:
     """A cache under `policy` from a prompt that was prefilled in full with keep_queries=True.
 
-    It holds what `prefill(model, ids, policy)` holds: there too a layer evicts only after its forward over the whole prompt.
+    It holds what `prefill(model, ids, policy)` holds: there too a layer evicts only after it has seen the prompt.
 
     Raises:
         ValueError: queries that were not kept, or a cache that has lost tokens already.

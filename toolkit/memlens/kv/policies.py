@@ -144,9 +144,17 @@ def recency(state: LayerState, block: Block) -> LayerState:
 
 def accumulated(state: LayerState, block: Block, *, group: str) -> LayerState:
     """A token is worth all the attention that it got while it was held, summed over rows."""
+    before, kv_heads = state.stream, block.k.shape[1]
+    per_head = group == "max"  # a maximum of sums needs each query head's own sum
     seen = {"q_start": block.q_start, "alive": block.alive, "scale": block.scale}
-    mass = column_mass(block.q, block.k, lse=block.lse, group=group, **seen)
-    return state._replace(stream=extend(state.stream, mass, pad=block.pad))
+    mass = column_mass(block.q, block.k, lse=block.lse, group="none" if per_head else group, **seen)
+    if not per_head:
+        return state._replace(stream=extend(before, mass, pad=block.pad))
+    sums = mass.unflatten(1, (kv_heads, -1))  # (B, Hkv, g, L)
+    if "heads" in before.aux:
+        sums[..., : before.score.shape[-1]] += before.aux["heads"]
+    after = extend(before._replace(aux={"heads": sums}), _nothing(block), pad=block.pad)
+    return state._replace(stream=after._replace(score=sums.amax(2)))
 
 
 def observed(state: LayerState, block: Block, *, window: int, kernel: int, pool: str, group: str) -> LayerState:

@@ -103,7 +103,7 @@ def _checked(q, k, lse, q_start, reduce, threshold, group, alive, scale) -> Mass
         check.fail("column_mass", came, "a threshold for the counts, and only there")
     if alive is not None:
         alive = alive[:, None].expand(-1, sizes["kv_heads"], -1) if alive.ndim == 2 else alive
-        check.shapes("column_mass", alive=(alive, "batch kv_heads k_len"), k=(k, "batch kv_heads k_len dim"))
+        check.shapes("column_mass", k=(k, "batch kv_heads k_len dim"), alive=(alive, "batch kv_heads k_len"))
     if reduce == "last":
         start, q = start + sizes["q_len"] - 1, q[:, :, -1:]
         lse = None if lse is None else lse[:, :, -1:]

@@ -77,7 +77,7 @@ class StreamState(NamedTuple):
     score: Tensor  # (B, Hkv, L) float32, higher is kept
     pos: Tensor  # (B, Hkv, L) int32: position in the text; negative for left padding
     step: int  # tokens seen so far, kept or not
-    aux: Mapping[str, Tensor]  # anything else per token, each (..., L)
+    aux: Mapping[str, Tensor]  # anything else per token, each (B, Hkv, ..., L)
 
 
 def stream(batch: int, kv_heads: int, *, device: torch.device | str | None = None) -> StreamState:
@@ -118,8 +118,13 @@ def extend(state: StreamState, new_score: Tensor, *, pad: Tensor | None = None) 
 
 def take(state: StreamState, idx: Tensor) -> StreamState:
     """The state of the tokens at idx (B, Hkv, b); what was known about the others is forgotten."""
-    kept = {name: value.gather(-1, idx.expand(*value.shape[:-1], -1)) for name, value in state.aux.items()}
+    kept = {name: value.gather(-1, _spread(idx, value)) for name, value in state.aux.items()}
     return StreamState(state.score.gather(-1, idx), state.pos.gather(-1, idx), state.step, kept)
+
+
+def _spread(idx: Tensor, value: Tensor) -> Tensor:
+    inner = value.shape[2:-1]
+    return idx.view(*idx.shape[:2], *(1,) * len(inner), -1).expand(*idx.shape[:2], *inner, -1)
 
 
 def repeat(state: StreamState, times: int) -> StreamState:

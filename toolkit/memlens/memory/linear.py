@@ -82,7 +82,7 @@ def linear_attention(
     if chunk < 1 or chunk & (chunk - 1):
         check.fail(op, f"chunk={chunk}", "a power of two")
     form = backend.choose(op, form, q, k, v)
-    x = prepare(q, k, v, log_decay, beta, normalize, state, mask)
+    x = prepare(q, k, v, log_decay, beta, normalize, state, mask, native=form == "triton")
     if form == "reference":
         out, S = _reference(x, scale)
     elif form == "torch":
@@ -90,7 +90,7 @@ def linear_attention(
     else:
         from memlens.memory.fused import fused  # triton loads on first use
 
-        out, S = fused(*x, scale=scale, chunk=chunk, dtype=q.dtype)
+        out, S = fused(*x, scale=scale, chunk=chunk, dtype=x.S.dtype if normalize else q.dtype)
     return finish(out, S, q.dtype, normalize, eps, mask)
 
 

@@ -173,14 +173,12 @@ def quiet() -> Iterator[None]:
     from tqdm.auto import tqdm
     from transformers.utils import logging as messages
 
-    verbosity, start = messages.get_verbosity(), tqdm.__dict__.get("__init__")
+    verbosity, start = messages.get_verbosity(), tqdm.__init__
     messages.set_verbosity_error()
-    tqdm.__init__ = partialmethod(start or tqdm.__init__, disable=True)
+    # transformers has a switch for its own bars, but not for the one that it draws while it dequantises
+    tqdm.__init__ = partialmethod(start, disable=True)
     try:
         yield
     finally:
         messages.set_verbosity(verbosity)
-        if start is None:
-            del tqdm.__init__
-        else:
-            tqdm.__init__ = start
+        tqdm.__init__ = start

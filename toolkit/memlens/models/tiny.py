@@ -73,14 +73,14 @@ class Block(nn.Module):
 
 
 class TinyLM(nn.Module):
-    """Embedding, blocks, final norm, head. Linear and embedding weights start at normal(0, std).
+    """Embedding, blocks, final norm, head. Linear and embedding weights start at normal(0, 0.02).
 
     A module with a method `reset(generator)` draws what else it has.
 
     Args:
         layers: one `Layer` per block.
         d, heads, vocab: widths; `tie` shares embedding and head.
-        std: of the first weights.
+        std: of the linear weights inside the blocks.
         generator: draws the weights; None uses torch's own.
     """
 
@@ -95,7 +95,8 @@ class TinyLM(nn.Module):
         self.head = nn.Linear(d, vocab, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=std, generator=generator)
+                outer = module is self.embed or module is self.head
+                nn.init.normal_(module.weight, std=0.02 if outer else std, generator=generator)
             elif hasattr(module, "reset"):
                 module.reset(generator)
         if tie:

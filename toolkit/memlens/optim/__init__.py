@@ -4,13 +4,14 @@ from importlib import import_module
 
 _HOMES = {
     "Subspace": "projection", "pick_side": "projection", "svd_subspace": "projection", "gauss_subspace": "projection",
-    "energy_rank": "projection",    "project": "projection", "unproject": "projection",
+    "energy_rank": "projection",    "project": "projection", "unproject": "projection", "add_unprojected_": "projection",
     "Moments": "moments", "adam_direction": "moments", "bias_correction": "moments", "norm_growth_limit": "moments",
     "reset_moments": "moments",
     "Codec": "lowbit", "CodedMoments": "lowbit", "Packed": "lowbit",
     "dyn8": "lowbit", "dyn8_map": "lowbit", "plain": "lowbit",
     "coded_adam_step": "lowbit", "coded_direction": "lowbit",
-    "ProjectedState": "galore", "galore_direction": "galore", "galore_step": "galore", "projected_direction": "galore",
+    "ProjectedState": "galore", "galore_low": "galore", "galore_step": "galore", "projected_direction": "galore",
+    "projected_low": "galore",
     "Projected": "projected", "projected_groups": "projected",
 }  # fmt: skip
 __all__ = list(_HOMES)

@@ -20,7 +20,7 @@ from memlens import check
 from memlens.optim.lowbit import Codec, coded_direction, plain
 from memlens.optim.projection import Subspace, project, svd_subspace, unproject
 
-__all__ = ["ProjectedState", "galore_direction", "galore_step", "projected_direction"]
+__all__ = ["ProjectedState", "galore_low", "galore_step", "projected_direction", "projected_low"]
 
 Inner = Callable[[Tensor, Any], tuple[Tensor, Any]]  # (low-rank gradient, state or None) -> direction, state
 
@@ -31,10 +31,10 @@ class ProjectedState(NamedTuple):
     step: int  # updates done
 
 
-def projected_direction(
+def projected_low(
     g: Tensor, state: ProjectedState | None, inner: Inner, *, rank: int, every: int
 ) -> tuple[Tensor, ProjectedState]:
-    """What `inner` makes of the projected gradient, at full size: unproject(inner(project(g))).
+    """What `inner` makes of the projected gradient, still in the subspace of the returned state.
 
     The subspace is that of the current gradient at step 0, `every`, 2 `every`, ...; the inner state outlives it.
 
@@ -45,32 +45,44 @@ def projected_direction(
         rank: capped at min(m, n).
         every: steps between refreshes, at least 1.
     Returns:
-        the direction (m, n), and the new state.
+        the low-rank direction, (r, n) or (m, r), and the new state.
     Raises:
         ValueError: as `svd_subspace`; a gradient that is not the one the state was made for; every below 1.
     """
-    check.at_least("projected_direction", 1, rank=rank, every=every)
+    check.at_least("projected_low", 1, rank=rank, every=every)
     step = 0 if state is None else state.step
     sub = svd_subspace(g, rank) if step % every == 0 else state.sub
-    direction, inner_state = inner(project(g, sub), None if state is None else state.inner)
-    return unproject(direction, sub), ProjectedState(sub, inner_state, step + 1)
+    low, inner_state = inner(project(g, sub), None if state is None else state.inner)
+    return low, ProjectedState(sub, inner_state, step + 1)
 
 
-def galore_direction(
+def projected_direction(
+    g: Tensor, state: ProjectedState | None, inner: Inner, *, rank: int, every: int
+) -> tuple[Tensor, ProjectedState]:
+    """`projected_low` back at full size: unproject(inner(project(g))), (m, n), and the new state.
+
+    Raises:
+        ValueError: as `projected_low`.
+    """
+    low, state = projected_low(g, state, inner, rank=rank, every=every)
+    return unproject(low, state.sub), state
+
+
+def galore_low(
     g: Tensor, state: ProjectedState | None, *, rank: int, every: int = 200, m_codec: Codec | None = None,
     v_codec: Codec | None = None, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6, form: str = "auto",
 ) -> tuple[Tensor, ProjectedState]:  # fmt: skip
-    """`projected_direction` with Adam inside, its moments kept by two codecs (float32 where None).
+    """`projected_low` with Adam inside, its moments kept by two codecs (float32 where None).
 
     Raises:
-        ValueError: as `projected_direction` and `coded_direction`.
+        ValueError: as `projected_low` and `coded_direction`.
     """
     m_codec, v_codec = m_codec or plain(), v_codec or plain()
 
     def adam(low: Tensor, moments):
         return coded_direction(low, moments, m_codec, v_codec, betas, eps, "hf", form=form)
 
-    return projected_direction(g, state, adam, rank=rank, every=every)
+    return projected_low(g, state, adam, rank=rank, every=every)
 
 
 @torch.no_grad()
@@ -85,15 +97,15 @@ def galore_step(
         w, g: (m, n).
         state: None before the first step.
         lr: step size; alpha scales the low-rank part of the update only, not the decay.
-        rank, every, m_codec, v_codec, betas, eps: as `galore_direction`.
+        rank, every, m_codec, v_codec, betas, eps: as `galore_low`.
     Returns:
         the new weights in w's dtype, and the new state; nothing is changed in place.
     Raises:
-        ValueError: w and g of two shapes, and as `galore_direction`.
+        ValueError: w and g of two shapes, and as `galore_low`.
     """
     if w.shape != g.shape:
         check.fail("galore_step", f"w {tuple(w.shape)}, g {tuple(g.shape)}", "one shape")
-    direction, state = galore_direction(
+    low, state = galore_low(
         g, state, rank=rank, every=every, m_codec=m_codec, v_codec=v_codec, betas=betas, eps=eps, form=form
     )
-    return ((w - lr * alpha * direction) * (1 - lr * weight_decay)).to(w.dtype), state
+    return ((w - lr * alpha * unproject(low, state.sub)) * (1 - lr * weight_decay)).to(w.dtype), state

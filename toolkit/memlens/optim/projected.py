@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from memlens import check
-from memlens.optim.galore import ProjectedState, galore_direction
+from memlens.optim.galore import ProjectedState, galore_low
 from memlens.optim.lowbit import Codec, CodedMoments, Packed, coded_direction, dyn8, plain
-from memlens.optim.projection import Subspace, pick_side
+from memlens.optim.projection import Subspace, add_unprojected_, pick_side
 
 __all__ = ["RULES", "STATES", "Projected", "Rule", "projected_groups"]
 
@@ -28,7 +28,8 @@ SMALL = 4096  # elements below which a moment stays float32
 
 
 class Rule(NamedTuple):
-    direction: Callable[[Tensor, Any, Mapping], tuple[Tensor, Any]]  # gradient, state or None, options -> direction, state
+    update: Callable[[Tensor, Any, Mapping], tuple[Tensor, Any]]  # gradient, state or None, options -> direction, new state
+    low: bool  # whether that direction still lies in the subspace `sub` of the new state
     state: type  # the NamedTuple that it keeps
     parts: dict[str, type]  # the NamedTuples inside it, by dotted path
     size: Callable[[Tensor, Mapping], int]  # bytes of state that a parameter will take
@@ -55,8 +56,8 @@ def _galore(g: Tensor, state: ProjectedState | None, options: Mapping) -> tuple[
     rank, long = _low_shape(g, options["rank"])
     m_codec, v_codec = _codecs(options, rank * long)
     chosen = {name: options[name] for name in ("rank", "every", "betas", "eps")}
-    direction, state = galore_direction(g, state, m_codec=m_codec, v_codec=v_codec, **chosen)
-    return direction.mul_(options["alpha"]), state
+    low, state = galore_low(g, state, m_codec=m_codec, v_codec=v_codec, **chosen)
+    return low.mul_(options["alpha"]), state
 
 
 def _galore_size(p: Tensor, options: Mapping) -> int:
@@ -65,9 +66,9 @@ def _galore_size(p: Tensor, options: Mapping) -> int:
     return min(p.shape) * rank * p.element_size() + moments
 
 
-ADAM = Rule(_adam, CodedMoments, {"m": Packed, "v": Packed}, _adam_size)
+ADAM = Rule(_adam, False, CodedMoments, {"m": Packed, "v": Packed}, _adam_size)
 _PARTS = {"sub": Subspace, "inner": CodedMoments, "inner.m": Packed, "inner.v": Packed}
-RULES = {"galore": Rule(_galore, ProjectedState, _PARTS, _galore_size)}
+RULES = {"galore": Rule(_galore, True, ProjectedState, _PARTS, _galore_size)}
 
 
 def _flatten(state: NamedTuple, path: str = "") -> dict[str, Any]:
@@ -181,8 +182,11 @@ class Projected(torch.optim.Optimizer):
         rule = _rule(group)
         held = self.state.get(p)
         state = _unflatten(held, rule.state, rule.parts) if held else None
-        direction, state = rule.direction(p.grad, state, group)
-        p.add_(direction, alpha=-group["lr"])
+        direction, state = rule.update(p.grad, state, group)
+        if rule.low:
+            add_unprojected_(p, direction, state.sub, -group["lr"])
+        else:
+            p.add_(direction, alpha=-group["lr"])
         if group["weight_decay"]:
             p.mul_(1 - group["lr"] * group["weight_decay"])
         self.state[p] = _flatten(state)

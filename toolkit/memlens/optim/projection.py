@@ -15,7 +15,16 @@ from torch import Tensor
 
 from memlens import check
 
-__all__ = ["Subspace", "energy_rank", "gauss_subspace", "pick_side", "project", "svd_subspace", "unproject"]
+__all__ = [
+    "Subspace",
+    "add_unprojected_",
+    "energy_rank",
+    "gauss_subspace",
+    "pick_side",
+    "project",
+    "svd_subspace",
+    "unproject",
+]
 
 SIDES = ("auto", "left", "right")
 
@@ -99,6 +108,21 @@ def unproject(low: Tensor, sub: Subspace) -> Tensor:
     check.shapes("unproject", low=(low, spec), basis=(sub.basis, "n r"))
     basis = sub.basis.to(low.dtype)
     return basis @ low if sub.side == "left" else low @ basis.T
+
+
+def add_unprojected_(w: Tensor, low: Tensor, sub: Subspace, alpha: float) -> Tensor:
+    """`w` plus alpha unproject(low), in place; where the dtypes agree, without a second tensor of its size.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    check.one_of("add_unprojected_", SIDES[1:], side=sub.side)
+    spec, rest = ("n r", "r m") if sub.side == "left" else ("m r", "n r")
+    left, right = (sub.basis, low) if sub.side == "left" else (low, sub.basis)
+    check.shapes("add_unprojected_", w=(w, "n m" if sub.side == "left" else "m n"), left=(left, spec), right=(right, rest))
+    if not w.dtype == low.dtype == sub.basis.dtype:
+        return w.add_(unproject(low, sub), alpha=alpha)
+    return w.addmm_(left, right if sub.side == "left" else right.T, alpha=alpha)
 
 
 def energy_rank(g: Tensor, share: float = 0.9) -> int:

@@ -6,7 +6,7 @@ _HOMES = {
     "RoutingTrace": "trace", "record": "trace", "moefy": "oracle", "join": "trace", "reroute": "trace", "shipped": "trace",
     "topk_gate": "gate", "load_balance": "gate", "mix_experts": "gate",
     "segment_counts": "consistency", "srp": "consistency", "srp_floor": "consistency", "sch": "consistency",
-    "shuffle_control": "consistency", "expert_specialization": "consistency",
+    "shuffle_control": "consistency", "srp_controlled": "consistency", "expert_specialization": "consistency",
     "hit_curve": "caching", "simulate": "caching",
 }  # fmt: skip
 __all__ = list(_HOMES)

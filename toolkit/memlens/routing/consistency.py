@@ -27,7 +27,16 @@ from memlens.routing.trace import RoutingTrace, check_requests, check_trace
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["expert_specialization", "sch", "segment_counts", "segment_sums", "shuffle_control", "srp", "srp_floor"]
+__all__ = [
+    "expert_specialization",
+    "sch",
+    "segment_counts",
+    "segment_sums",
+    "shuffle_control",
+    "srp",
+    "srp_controlled",
+    "srp_floor",
+]
 
 LEVELS = ("expert", "layer", "model")
 CONFIDENCE = 0.95
@@ -215,6 +224,7 @@ NAMES = {
     "threshold": "best threshold",
     "act_ratio": "share of active experts",
     "floor": "F1 of taking every expert",
+    "shuffled": "SRP of the shuffled text",
     "ci_lb": "SRP, lower end of 95%",
     "ci_ub": "SRP, upper end of 95%",
 }
@@ -274,6 +284,24 @@ def shuffle_control(trace: RoutingTrace, generator: torch.Generator) -> RoutingT
         name: None if (x := getattr(trace, name)) is None else x[rows, order] for name in ("experts", "logits", "gate_in")
     }
     return trace._replace(**kept)
+
+
+def srp_controlled(
+    trace: RoutingTrace, m: int | Sequence[int], *, shuffles: int = 5, generator: torch.Generator, **options
+) -> xr.Dataset:
+    """`srp(trace, m, **options)` with one more variable, `shuffled`: the mean SRP of `shuffles` shuffled controls.
+
+    srp - floor is what the model has over taking everything; shuffled - floor is the part of it that unequal loads
+    explain; srp - shuffled is locality.
+
+    Raises:
+        ValueError: shuffles below 1, and what `srp` refuses.
+    """
+    check.at_least("srp_controlled", 1, shuffles=shuffles)
+    out = srp(trace, m, generator=generator, **options)
+    plain = {name: value for name, value in options.items() if name != "bootstrap"}
+    controls = [srp(shuffle_control(trace, generator), m, **plain).srp for _ in range(shuffles)]
+    return out.assign(shuffled=(sum(controls) / shuffles).assign_attrs(long_name=NAMES["shuffled"], units="1"))
 
 
 def expert_specialization(trace: RoutingTrace, labels: Sequence[str] | Tensor, *, least: int = 20) -> xr.DataArray:

@@ -66,7 +66,7 @@ def explore(fn: Callable[..., Any], **widgets):
     for control in controls.values():
         control.observe(mover, "value")
     row = ipywidgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap"})
-    return ipywidgets.VBox([row, screen.picture, screen.other])
+    return ipywidgets.VBox([row, screen.box]).add_class("memlens-view")
 
 
 def _values(controls: dict) -> dict:
@@ -99,6 +99,7 @@ class Screen:
         self.place = uuid4().hex
         self.picture = ipywidgets.HTML(f'<div id="{self.place}" class="memlens-picture"></div>')
         self.other = ipywidgets.Output()
+        self.box = ipywidgets.VBox([self.picture, self.other]).add_class("memlens-screen")
 
     def show(self, result) -> None:
         """Draw what a function returned."""

@@ -1,0 +1,76 @@
+"""Autograd around the Triton kernels of linear attention; the kernels and their launchers are in `memlens_kernels`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memlens import check
+from memlens.memory.call import share
+from memlens.memory.chunked import corrections, fold
+
+__all__ = ["fused"]
+
+
+def fused(q, k, v, g, beta, S, *, scale: float, chunk: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Out and the last state by the kernels; q, k, v in their own dtype and head counts, g, beta and S in float32.
+
+    For the delta rule the triangular systems of the chunks are solved by torch, and the kernels take it from there.
+
+    Raises:
+        ValueError: a key dim over the kernels' limit.
+    """
+    from memlens_kernels.linear import MAX_KEY, plan
+
+    if q.shape[-1] > MAX_KEY:
+        check.fail("linear_attention", f"key_dim={q.shape[-1]} with form='triton'", f"at most {MAX_KEY}", "use form='torch'")
+    p = plan(q.shape[-1], v.shape[-1], channel=g is not None and g.ndim == 4, dtype=q.dtype, chunk=chunk)
+    u, w = v, None
+    if beta is not None:
+        length, heads = q.shape[2], S.shape[1]
+        wide = [fold(share(x.float(), heads), p.chunk) for x in (k, v)]
+        gate = None if g is None else fold(g if g.ndim == 4 else g[..., None], p.chunk)
+        u, w = (x.flatten(2, 3)[:, :, :length] for x in corrections(*wide, gate, fold(beta, p.chunk)))
+    return _Chunks.apply(q, k, u, w, g, S, scale, p, dtype)
+
+
+class _Chunks(torch.autograd.Function):
+    """out and last state of S <- decay S + k (u - w S)ᵀ, o = scale Sᵀq by chunks."""
+
+    @staticmethod
+    def forward(ctx, q, k, u, w, g, S, scale, p, dtype):
+        from memlens_kernels.linear import linear_forward
+
+        q, k, u, w, g = (None if x is None else x.contiguous() for x in (q, k, u, w, g))
+        out, writes, states = linear_forward(q, k, u, w, g, S, scale=scale, p=p, dtype=dtype)
+        ctx.save_for_backward(q, k, writes, w, g, states)
+        ctx.scale, ctx.p, ctx.value_heads = scale, p, u.shape[1]
+        return out, states[:, :, -1].clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout, dlast):
+        from memlens_kernels.linear import linear_backward
+
+        q, k, writes, w, g, states = ctx.saved_tensors
+        got = linear_backward(q, k, writes, w, g, states, dout.contiguous(), dlast, scale=ctx.scale, p=ctx.p)
+        dg = None if g is None else _decay_grad(q, k, g, got, ctx.p.chunk)
+        dq, dk, du = (_gather(x, like.shape[1]) for x, like in ((got.q, q), (got.k, k), (got.u, writes)))
+        return dq.to(q.dtype), dk.to(k.dtype), du.to(writes.dtype), got.w, dg, got.first, None, None, None
+
+
+def _gather(x: Tensor, heads: int) -> Tensor:
+    """The gradients of the heads that shared one, added up."""
+    return x if x.shape[1] == heads else x.unflatten(1, (heads, -1)).sum(2)
+
+
+def _decay_grad(q, k, g, got, chunk: int) -> Tensor:
+    """dL/dg_t = sum over s >= t in t's chunk of q_s dq_s - k_s dk_s, plus what passes through the state that leaves it.
+
+    Every product of the chunk holds exp(G_i - G_j) once, with q_i as its reader and k_j as its writer.
+    """
+    heads, length = got.q.shape[1:3]
+    each = fold(share(q.float(), heads) * got.q - share(k.float(), heads) * got.k, chunk)
+    each = each.flip(3).cumsum(3).flip(3) + got.kept[:, :, :, None]
+    each = each.flatten(2, 3)[:, :, :length]
+    return each if g.ndim == 4 else each.sum(-1)
