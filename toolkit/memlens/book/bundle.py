@@ -95,5 +95,5 @@ def prove(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         _run("sh", folder / "install.sh", Path(scratch) / "memlens", env=environment, cwd=scratch)
         python = Path(scratch) / "memlens" / ".venv" / "bin" / "python"
-        code = "import memlens, memlens_kernels, torch; from memlens.models.real import find_gguf; print(find_gguf().name)"
+        code = "import memlens, memlens_kernels, torch; from memlens.models.real import find; print(find('smollm2-135m').path.name)"
         _run(python, "-c", code, env=environment, cwd=Path(scratch) / "memlens")

@@ -37,7 +37,11 @@ _DRAW = """(async () => {
   place.replaceChildren(fresh);
   fresh.style.cssText = "";
   place.shown = views;
-  if (old) for (const view of Array.isArray(old) ? old : old.roots || [old]) view.model.document.clear();
+  if (old) {
+    const past = old.roots.map((view) => view.model.document);
+    old.clear();
+    window.Bokeh.documents.splice(0, Infinity, ...window.Bokeh.documents.filter((each) => !past.includes(each)));
+  }
 })()"""
 
 
