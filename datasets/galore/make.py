@@ -25,7 +25,8 @@ def galore(model, **options):
 ARMS = {
     "Adam": lambda model: torch.optim.Adam(model.parameters(), lr=3e-3),
     "Adam, lr 0.01": lambda model: torch.optim.Adam(model.parameters(), lr=0.01),
-    "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9),
+    "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+    "SGD, lr 0.3": lambda model: torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9),
     "GaLore, alpha 0.25": partial(galore, alpha=0.25),
     "GaLore, alpha 1": partial(galore, alpha=1.0),
     "GaLore, alpha 0.25, 8-bit": partial(galore, alpha=0.25, states="dyn8"),

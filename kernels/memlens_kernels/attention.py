@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memlens_kernels.attention_config import DELTA_ROWS, LENGTH, Config, config, make_tile, target, work
+from memlens_kernels.attention_config import DELTA_ROWS, LENGTH, Config, config, make_tile, picked, target, work
 from memlens_kernels.attention_steps import (
     LOG2E,
     fold_gradient,
@@ -267,9 +267,7 @@ def tiles() -> list[Tile]:
     shapes = [(dtype, dim) for dtype in ("fp16", "bf16") for dim in (64, 128)]
     made = [_tile("delta", dtype, dim, Config(DELTA_ROWS, DELTA_ROWS, 4, 1), TARGETS) for dtype, dim in shapes]
     for (dtype, dim), name in product(shapes, ("forward", "dkdv", "dq")):
-        picked = {on: config(name, dim, 2, on) for on in TARGETS}
-        for tile in dict.fromkeys(picked.values()):
-            made.append(_tile(name, dtype, dim, tile, tuple(on for on in TARGETS if picked[on] == tile)))
+        made += [_tile(name, dtype, dim, tile, targets) for tile, targets in picked(name, dim).items()]
     return made
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memlens_kernels.attention import LENGTHS, delta_of, rows_apart, shared_arguments, strides
-from memlens_kernels.attention_config import LENGTH, Config, make_tile, work
+from memlens_kernels.attention_config import LENGTH, Config, config, make_tile, picked, target, work
 from memlens_kernels.attention_steps import (
     fold_gradient,
     fold_keys,
@@ -26,11 +26,10 @@ from memlens_kernels.attention_steps import (
     store_tile,
     write_rows,
 )
-from memlens_kernels.tile import TARGETS, Tile
+from memlens_kernels.tile import Tile
 
-__all__ = ["Lists", "block_backward", "block_forward", "lists_of", "tile_size", "tiles"]
+__all__ = ["Lists", "block_backward", "block_forward", "lists_of", "tiles"]
 
-LARGEST = {2: 64, 4: 32}  # side of a tile by bytes of an element; a larger block is split
 VISITED = LENGTH // 4  # keys (or queries) that a program visits where flops and bytes are counted
 
 
@@ -39,12 +38,6 @@ class Lists(NamedTuple):
     blocks: Tensor  # int32, ascending within a row
     list_batch: int  # rows from one batch to the next; 0 where all share
     list_head: int
-
-
-def tile_size(block: int, size: int) -> int:
-    """The tile side for blocks of `block`, the largest power of two that divides it within `LARGEST`; 0 if under 16."""
-    side = gcd(block, LARGEST.get(size, 32))
-    return side if side >= 16 else 0
 
 
 def lists_of(visible: Tensor) -> Lists:
@@ -144,33 +137,32 @@ def block_dq_kernel(
     store_tile(dq + head_id * q_len * DIM, dq_tile * scale, first_row, q_len, BLOCK_Q, DIM, BLOCK_D)
 
 
-def _config(q: Tensor, block_q: int, block_k: int) -> Config:
-    size, dim = q.element_size(), max(q.shape[-1], 16)
-    return Config(tile_size(block_q, size), tile_size(block_k, size), *_resources(dim, size))
-
-
-def _resources(dim: int, size: int) -> tuple[int, int]:
-    """Warps and stages."""
-    return (8 if dim > 64 else 4), (2 if size == 2 else 1)
-
-
-def _prepare(q, k, v, visible: Tensor, blocks: tuple[int, int], options: dict) -> tuple[Config, Tensor, dict[str, Any]]:
-    tile = _config(q, *blocks)
+def _plan(kernel: str, shared: dict[str, Any], visible: Tensor, blocks: tuple[int, int]) -> tuple[Config, Tensor]:
+    """The dense kernel's tile, shrunk until it divides the blocks, and the mask over such tiles."""
+    q, (q_len, k_len) = shared["q"], (shared["q_len"], shared["k_len"])
+    tile = _shrunk(config(kernel, max(shared["BLOCK_D"], shared["BLOCK_V"]), q.element_size(), target(q)), *blocks)
     fine = visible.repeat_interleave(blocks[0] // tile.block_q, 2).repeat_interleave(blocks[1] // tile.block_k, 3)
-    fine = fine[:, :, : triton.cdiv(q.shape[2], tile.block_q), : triton.cdiv(k.shape[2], tile.block_k)]
-    if options["causal"]:  # drop what lies past the diagonal
-        last = options["offset"] + tile.block_q * (1 + torch.arange(fine.shape[2], device=q.device)[:, None]) - 1
-        fine = fine & (tile.block_k * torch.arange(fine.shape[3], device=q.device) <= last)
-    return tile, fine, shared_arguments(q, k, v, **options)
+    fine = fine[:, :, : triton.cdiv(q_len, tile.block_q), : triton.cdiv(k_len, tile.block_k)]
+    if shared["CAUSAL"]:  # what lies past the diagonal is not listed
+        last = shared["offset"] - 1 + tile.block_q * torch.arange(1, fine.shape[2] + 1, device=q.device)
+        fine = fine & (tile.block_k * torch.arange(fine.shape[3], device=q.device) <= last[:, None])
+    return tile, fine
+
+
+def _shrunk(tile: Config, block_q: int, block_k: int) -> Config:
+    return tile._replace(block_q=gcd(tile.block_q, block_q), block_k=gcd(tile.block_k, block_k))
 
 
 def block_forward(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, block_q: int, block_k: int, *, scale: float, causal: bool, offset: int
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(out, lse) over the blocks of `visible` (1|B, 1|H, query blocks, key blocks); see `attention_forward`."""
+    """(out, lse) over the blocks of `visible` (1|B, 1|H, query blocks, key blocks); see `attention_forward`.
+
+    Both block sizes are multiples of 16.
+    """
     q, k, v = rows_apart(q, k, v)
-    options = {"scale": scale, "causal": causal, "offset": offset}
-    tile, fine, shared = _prepare(q, k, v, visible, (block_q, block_k), options)
+    shared = shared_arguments(q, k, v, scale=scale, causal=causal, offset=offset)
+    tile, fine = _plan("forward", shared, visible, (block_q, block_k))
     out = q.new_empty((*q.shape[:3], v.shape[-1]))
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     block_forward_kernel[(fine.shape[2], q.shape[0] * q.shape[1])](
@@ -185,14 +177,16 @@ def block_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv) of `block_forward`."""
     q, k, v, dout = rows_apart(q, k, v, dout)
-    options = {"scale": scale, "causal": causal, "offset": offset}
-    tile, fine, shared = _prepare(q, k, v, visible, (block_q, block_k), options)
-    shared |= strides(do=dout) | {"lse": lse.contiguous(), "dout": dout, "scale": scale, **tile.options()}
+    shared = shared_arguments(q, k, v, scale=scale, causal=causal, offset=offset)
+    shared |= strides(do=dout) | {"lse": lse.contiguous(), "dout": dout, "scale": scale}
     shared["delta"] = delta_of(out.contiguous(), dout, dlse)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    columns = lists_of(fine.transpose(2, 3))
-    block_dkdv_kernel[(fine.shape[3], k.shape[0] * k.shape[1])](dk=dk, dv=dv, **columns._asdict(), **shared)
-    block_dq_kernel[(fine.shape[2], q.shape[0] * q.shape[1])](dq=dq, **lists_of(fine)._asdict(), **shared)
+    tile, fine = _plan("dkdv", shared, visible, (block_q, block_k))
+    block_dkdv_kernel[(fine.shape[3], k.shape[0] * k.shape[1])](
+        dk=dk, dv=dv, **lists_of(fine.transpose(2, 3))._asdict(), **shared, **tile.options()
+    )
+    tile, fine = _plan("dq", shared, visible, (block_q, block_k))
+    block_dq_kernel[(fine.shape[2], q.shape[0] * q.shape[1])](dq=dq, **lists_of(fine)._asdict(), **shared, **tile.options())
     return dq, dk, dv
 
 
@@ -202,7 +196,7 @@ def tiles() -> list[Tile]:
     at = f"{VISITED} of length {LENGTH} visited"
     made = []
     for dtype, dim, name in product(("fp16", "bf16"), (64, 128), kernels):
-        tile = Config(LARGEST[2], LARGEST[2], *_resources(dim, 2))
-        label, cost = f"{name} blocks {dtype} D{dim}", work(name, dim, tile, VISITED)
-        made.append(make_tile(kernels[name], label, dtype, dim, tile, cost, at, TARGETS))
+        for tile, on in picked(name, dim).items():
+            tile, label = _shrunk(tile, 64, 64), f"{name} blocks {dtype} D{dim}"
+            made.append(make_tile(kernels[name], label, dtype, dim, tile, work(name, dim, tile, VISITED), at, on))
     return made

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from memlens_kernels.tile import Tile
+from memlens_kernels.tile import TARGETS, Tile
 
-__all__ = ["DELTA_ROWS", "LENGTH", "Config", "config", "make_tile", "target", "work"]
+__all__ = ["DELTA_ROWS", "LENGTH", "Config", "config", "make_tile", "picked", "target", "work"]
 
 DELTA_ROWS = 64
 LENGTH = 4096  # at which the flops and bytes of a tile are counted
@@ -44,6 +44,12 @@ def config(kernel: str, dim: int, size: int, on: str) -> Config:
         return Config(32, 32, 4, 1) if kernel != "forward" or dim > 128 else Config(64, 32, 4, 2)
     dim = max(64, dim)
     return ELSEWHERE.get((kernel, dim, on), CONFIGS[kernel, dim])
+
+
+def picked(kernel: str, dim: int) -> dict[Config, tuple[str, ...]]:
+    """Each tile that two-byte elements of a dim run with, and the targets that pick it."""
+    on = {name: config(kernel, dim, 2, name) for name in TARGETS}
+    return {tile: tuple(name for name in TARGETS if on[name] == tile) for tile in on.values()}
 
 
 def target(q: Tensor) -> str:

@@ -346,8 +346,8 @@ def linear_forward(
     sizes = {"heads": heads, "k_group": heads // k.shape[1], "u_group": heads // u.shape[1], "length": length, "chunks": chunks}
     states = first.new_empty(batch, heads, chunks + 1, key, value)
     states[:, :, 0] = first
-    writes = u if w is None else torch.empty_like(u)
-    out = torch.empty(batch, heads, length, value, dtype=dtype, device=q.device)
+    writes = u if w is None else u.new_empty(u.shape)
+    out = q.new_empty(batch, heads, length, value, dtype=dtype)
     states_kernel[(batch * heads, blocks)](k, u, w, g, states, writes, **sizes, **same, DELTA=w is not None)
     read_kernel[(chunks, batch * heads, blocks)](
         q, k, writes, g, states, out, q_group=heads // q.shape[1], scale=scale, **sizes, **same, LEVELS=LEVELS[p.chunk]
@@ -374,15 +374,78 @@ def linear_backward(q, k, writes, w, g, states, dout, dlast, *, scale: float, p:
     g = states if g is None else g  # a pointer that DECAY = 0 never reads
     groups = {"q_group": heads // q.shape[1], "k_group": heads // k.shape[1]}
     sizes = {"heads": heads, **groups, "length": length, "scale": scale}
-    d_states = torch.empty_like(states)
+    d_states = states.new_empty(states.shape)
     d_states[:, :, -1] = dlast
     du = states.new_empty(batch, heads, length, value)
     written_kernel[(chunks, batch * heads, blocks)](q, k, g, dout, du, **sizes, **same, LEVELS=levels)
     d_states_kernel[(batch * heads, blocks)](q, k, w, g, dout, du, d_states, chunks=chunks, **sizes, **same, DELTA=w is not None)
     dq, dk = (states.new_empty(batch, heads, length, key) for _ in range(2))
-    dw = None if w is None else torch.empty_like(dq)
+    dw = None if w is None else states.new_empty(dq.shape)
     grads_kernel[(chunks, batch * heads)](
         q, k, writes, g, states, dout, du, d_states, dq, dk, dw, kept, u_group=heads // writes.shape[1], chunks=chunks,
         **sizes, **same, LEVELS=levels, DELTA=w is not None,
     )  # fmt: skip
     return Grads(dq, dk, du, dw, kept, d_states[:, :, 0])
+
+
+KERNELS = {
+    "states": states_kernel, "read": read_kernel, "written": written_kernel, "d_states": d_states_kernel, "grads": grads_kernel,
+}  # fmt: skip
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+NATIVE = ("q", "k", "u", "v", "dout")  # pointers to the inputs' dtype
+AT = "length 4096, one head"
+LENGTH = 4096
+
+
+def kind(name: str, dtype: str, *, delta: bool = False) -> str:
+    """The compile signature of one argument of these kernels by its name."""
+    if name in (*LENGTHS, "v_group"):
+        return "i32"
+    if name == "scale":
+        return "fp32"
+    return f"*{dtype}" if name in NATIVE and not (delta and name == "u") else "*fp32"
+
+
+def tiles() -> list[Tile]:
+    """Half precision, key and value dims 64 and 128: plain, decay per head, per channel, and the delta rule with each decay."""
+    made = []
+    for dtype, dim in (("fp16", 64), ("bf16", 64), ("bf16", 128), ("fp32", 64)):
+        for decay, delta in ((0, False), (1, False), (2, False), (0, True), (1, True), (2, True)):
+            if delta and dtype != "bf16":
+                continue  # the rule adds a product to each kernel; one dtype shows its cost
+            made += [_tile(name, dtype, dim, decay, delta) for name in KERNELS if not (delta and name in ("read", "written"))]
+    return made
+
+
+def _tile(name: str, dtype: str, dim: int, decay: int, delta: bool) -> Tile:
+    kernel, p = KERNELS[name], plan(dim, dim, channel=decay == 2, dtype=DTYPES[dtype])
+    given = {
+        "KEY": dim, "VALUE": dim, "BK": dim, "BV": p.value_block, "C": p.chunk, "LEVELS": LEVELS[p.chunk], "DECAY": decay,
+        "DELTA": delta, "LOW": LOW[DTYPES[dtype]],
+    }  # fmt: skip
+    constants = {key: value for key, value in given.items() if key in kernel.arg_names}
+    signature = {key: "constexpr" if key in constants else kind(key, dtype, delta=delta) for key in kernel.arg_names}
+    words = ("", "decay per head", "decay per channel")[decay]
+    label = " ".join(filter(None, (dtype, f"K{dim} V{dim} chunk {p.chunk} block {p.value_block}", words, "delta" if delta else "")))
+    at = AT if name in ("states", "d_states") else f"one chunk of {p.chunk}"
+    return Tile(kernel, label, signature, constants, p.warps, 2, *_cost(name, dim, p, 4 if dtype == "fp32" else 2, decay, delta), at)
+
+
+def _cost(name: str, dim: int, p: Plan, width: int, decay: int, delta: bool) -> tuple[int, int]:
+    """(flops, bytes) of one program. A chunk's (C, K) by (K, V) products, its (C, C) ones, and each operand moved once."""
+    c, v = p.chunk, p.value_block
+    met = 2 * c * c * dim * (LEVELS[c] if decay == 2 else 1)  # the pairs of a chunk
+    wide, state = 2 * c * dim * v, 4 * dim * v
+    gates = 4 * c * {0: 0, 1: 1, 2: dim}[decay]
+    rows = c * (dim + v) * width + gates
+    chunks = -(-LENGTH // c)
+    return {
+        "states": (chunks * wide * (1 + delta), chunks * (rows + state + 4 * c * (dim + v) * delta)),
+        "read": (met + wide + 2 * c * c * v, rows + c * dim * width + state + 4 * c * v),
+        "written": (met + 2 * c * c * v, rows + c * dim * width + 4 * c * v),
+        "d_states": (chunks * wide * (2 + delta), chunks * (rows + c * dim * width + state + 8 * c * v + 4 * c * dim * delta)),
+        "grads": (
+            2 * met + (dim // v) * (wide * (2 + delta) + 2 * c * c * v),
+            2 * c * dim * width + gates + (dim // v) * (2 * state + 2 * c * v * width) + 8 * c * dim,
+        ),
+    }[name]

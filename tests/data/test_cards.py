@@ -91,7 +91,10 @@ FAULTS = {
         r"lacks licence, \[sha256\]",
     ),
     "bad toml": (lambda place: (place / "README.md").write_text(CARD.replace('"a gen', "a gen")), "'sums' does not parse"),
-    "no card": (lambda place: (place / "README.md").unlink(), r"no README\.md in 'sums'"),
+    "no card": (
+        lambda place: (place / "README.md").unlink(),
+        r"no card for 'sums'; expected sums/README\.md; see datasets/README",
+    ),
 }
 
 
@@ -99,14 +102,16 @@ FAULTS = {
 def test_verify_names_what_is_wrong(place, fault):
     spoil, says = FAULTS[fault]
     spoil(place)
-    with pytest.raises((ValueError, FileNotFoundError), match=says):
+    with pytest.raises(ValueError, match=says):
         cards.verify()
 
 
 def test_all_faults_are_named_at_once(place):
     (place / "a.txt").write_text("On")
     (place / "c.txt").write_text("3")
-    with pytest.raises(ValueError, match=r"sums/c\.txt is not in the card; sums/a\.txt changed"):
+    (place.parent / "other").mkdir()
+    (place.parent / "other" / "x.txt").write_text("4")
+    with pytest.raises(ValueError, match=r"no card for 'other'.*sums/c\.txt is not in the card; sums/a\.txt changed"):
         cards.verify()
 
 
@@ -123,8 +128,10 @@ def test_a_file_is_checked_when_it_is_read(place):
 
 
 def test_an_unknown_data_set_gets_the_nearest_name():
-    with pytest.raises(FileNotFoundError, match=r"no README\.md in 'digit'.*did you mean 'digits'\?"):
+    with pytest.raises(FileNotFoundError, match=r"no card for 'digit'.*did you mean 'digits'\?"):
         cards.read("digit")
+    with pytest.raises(FileNotFoundError, match=r"no card for 'digit'.*did you mean 'digits'\?"):
+        cards.update("digit")
 
 
 def test_the_root_from_the_environment_must_be_one(tmp_path, monkeypatch):
@@ -133,23 +140,19 @@ def test_the_root_from_the_environment_must_be_one(tmp_path, monkeypatch):
         data.root()
 
 
-def test_an_installed_package_finds_the_clone_it_stands_in_or_says_what_to_do(tmp_path):
-    """As from a wheel: the package copied away from its repository."""
-    clone = cards.root().parent
-    shutil.copytree(
-        clone / "toolkit" / "memlens", tmp_path / "site" / "memlens", ignore=shutil.ignore_patterns("__pycache__")
-    )
+def read_from(folder: Path, site: Path) -> subprocess.CompletedProcess:
+    """Read data from `folder` with the package under `site`, without the path files of an editable install."""
+    paths = os.pathsep.join([str(site), *(path for path in sys.path if path.endswith("site-packages"))])
+    env = {name: value for name, value in os.environ.items() if name != "MEMLENS_DATASETS"} | {"PYTHONPATH": paths}
     code = "import memlens.data as d; print(d.root()); print(len(d.text('hamlet', length=10)))"
+    return subprocess.run([sys.executable, "-S", "-c", code], cwd=folder, env=env, capture_output=True, text=True)
 
-    def run(folder: Path):
-        # without the site's own path files, of which an editable install of memlens is one
-        paths = os.pathsep.join([str(tmp_path / "site"), *(p for p in sys.path if p.endswith("site-packages"))])
-        env = {**os.environ, "PYTHONPATH": paths}
-        env.pop("MEMLENS_DATASETS", None)
-        return subprocess.run([sys.executable, "-S", "-c", code], cwd=folder, env=env, capture_output=True, text=True)
 
-    assert run(clone / "figures").stdout == f"{cards.root()}\n10\n"
-    away = run(tmp_path)
+def test_an_installed_package_finds_the_clone_it_stands_in_or_says_what_to_do(tmp_path):
+    clone, site = cards.root().parent, tmp_path / "site"
+    shutil.copytree(clone / "toolkit" / "memlens", site / "memlens", ignore=shutil.ignore_patterns("__pycache__"))
+    assert read_from(clone / "toolkit", site).stdout == f"{cards.root()}\n10\n"
+    away = read_from(tmp_path, site)
     assert away.returncode == 1
     assert "memlens is installed without its clone" in away.stderr
     assert "set MEMLENS_DATASETS" in away.stderr

@@ -174,6 +174,7 @@ def test_it_says_nothing_on_the_terminal_and_puts_the_switches_back(tiny, capfd,
     from tqdm.auto import tqdm
     from transformers.utils import logging as messages
 
+    messages.set_verbosity_warning()  # the default
     before = (messages.get_verbosity(), messages.is_progress_bar_enabled(), tqdm.__init__)
     real.smollm2()
     real.smollm2()

@@ -8,7 +8,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 __all__ = [
     "attention", "backend", "bench", "book", "catalog", "check", "cost", "data", "kv", "layout", "memory", "models",
-    "optim", "routing", "tasks", "viz",
+    "optim", "quant", "routing", "tasks", "viz",
 ]  # fmt: skip
 
 

@@ -76,12 +76,17 @@ def read(folder: str | Path) -> Card:
         FileNotFoundError: no such data set (the nearest name is suggested) or no card in it.
         ValueError: a card without its toml block or without one of its words.
     """
-    path = root() / folder / "README.md"
-    if not path.is_file():
-        check.fail("data.cards.read", f"no {path.name} in {Path(folder).name!r}", "a data set with a card",
-                   check.nearest(Path(folder).name, folders()), error=FileNotFoundError)  # fmt: skip
+    path = _path(folder)
     stat = path.stat()
     return _parse(path, stat.st_mtime_ns, stat.st_size)
+
+
+def _path(folder: str | Path) -> Path:
+    path, known = root() / folder / "README.md", folders()
+    if not path.is_file():
+        fix = "see datasets/README.md" if folder in known else check.nearest(str(folder), known)
+        check.fail("data.cards", f"no card for {str(folder)!r}", f"{folder}/README.md", fix, error=FileNotFoundError)
+    return path
 
 
 @lru_cache(maxsize=64)
@@ -89,15 +94,15 @@ def _parse(path: Path, mtime: int, size: int) -> Card:
     name = path.parent.name
     blocks = BLOCK.findall(path.read_text(encoding="utf-8"))
     if len(blocks) != 1:
-        check.fail("data.cards.read", f"card {name!r} has {len(blocks)} toml blocks", "one", "see datasets/README.md")
+        check.fail("data.cards", f"card {name!r} has {len(blocks)} toml blocks", "one", "see datasets/README.md")
     try:
         table = tomllib.loads(blocks[0])
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"data.cards.read: the toml block of {name!r} does not parse: {error}") from error
+        raise ValueError(f"data.cards: the toml block of {name!r} does not parse: {error}") from error
     missing = [word for word in WORDS if not isinstance(table.get(word), str)]
     if missing or not isinstance(table.get("sha256"), dict):
         lacking = ", ".join([*missing, *([] if "sha256" in table else ["[sha256]"])])
-        check.fail("data.cards.read", f"card {name!r} lacks {lacking}", "source, licence, made_by and [sha256]")
+        check.fail("data.cards", f"card {name!r} lacks {lacking}", "source, licence, made_by and [sha256]")
     return Card(*(table[word] for word in WORDS), table["sha256"])
 
 
@@ -131,11 +136,15 @@ def verify() -> dict[str, int]:
     """Check every hash of every data set; returns the number of files in each.
 
     Raises:
-        ValueError: naming every file that is changed, missing, or in no card.
+        ValueError: naming every file that is changed, missing or in no card, and every card that cannot be read.
     """
     wrong, counts = [], {}
     for folder in folders():
-        want, got = read(folder).sha256, hashes(folder)
+        try:
+            want, got = read(folder).sha256, hashes(folder)
+        except (FileNotFoundError, ValueError) as error:
+            wrong.append(str(error))
+            continue
         wrong += [f"{folder}/{file} is missing" for file in sorted(want.keys() - got.keys())]
         wrong += [f"{folder}/{file} is not in the card" for file in sorted(got.keys() - want.keys())]
         wrong += [f"{folder}/{file} changed" for file in sorted(want.keys() & got.keys()) if want[file] != got[file]]
@@ -146,8 +155,12 @@ def verify() -> dict[str, int]:
 
 
 def update(folder: str) -> None:
-    """Rewrite the `[sha256]` table of a card from the files that lie there; the rest of the card stays."""
-    path = root() / folder / "README.md"
+    """Rewrite the `[sha256]` table of a card from the files that lie there; the rest of the card stays.
+
+    Raises:
+        FileNotFoundError: no card; ValueError: a card without its toml block.
+    """
+    path = _path(folder)
     content = path.read_text(encoding="utf-8")
     match = BLOCK.search(content)
     if match is None:

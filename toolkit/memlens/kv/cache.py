@@ -58,15 +58,16 @@ def prefill(
 
 @torch.no_grad()
 def continue_with(
-    model: Any, cache: PolicyCache, ids: Tensor, pos0: int | None = None, *, mask: Tensor | None = None
-) -> Tensor:
+    model: Any, cache: PolicyCache, ids: Tensor, pos0: int | None = None, *, mask: Tensor | None = None, keep: int = 0
+) -> Tensor:  # fmt: skip
     """Logits (B, n, V) of n more tokens in one forward; the cache grows by them and its policy goes on.
 
-    `pos0` is where ids[:, 0] stands, by default right after what was seen; `mask` (B, seen + n) as in `prefill`.
+    `pos0` is where ids[:, 0] stands, by default right after what was seen; `mask` (B, seen + n) as in `prefill`; `keep`
+    returns the logits of the last `keep` tokens only, and spares the memory of the others (0 is all).
     """
     _check_ids("continue_with", ids)
     with cache.on(model):
-        return _forward(model, cache, ids, mask, keep=0, pos0=pos0)
+        return _forward(model, cache, ids, mask, keep=keep, pos0=pos0)
 
 
 @torch.no_grad()

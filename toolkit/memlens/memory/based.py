@@ -41,7 +41,7 @@ def taylor_attention(
     Returns:
         out (batch, heads, length, value_dim) in q's dtype, and the state in float32.
     Raises:
-        ValueError: as `linear_attention`; feature_dim above 16 with form="triton".
+        ValueError: as `linear_attention`; with form="triton" feature_dim above 16, or float32 on a device.
     """
     op = "taylor_attention"
     check.shapes(op, q=(q, "batch q_heads length feature_dim"))
@@ -52,12 +52,13 @@ def taylor_attention(
         check.fail(op, f"chunk={chunk}", "a power of two")
     if form == "triton" and q.shape[-1] > KERNEL_FEATURES:
         check.fail(op, f"feature_dim={q.shape[-1]} with form='triton'", f"at most {KERNEL_FEATURES}", "use form='torch'")
-    form = backend.choose(op, form, q, k, v, kernel=q.shape[-1] <= KERNEL_FEATURES)
-    x = prepare(q, k, v, None, None, True, state, mask, features=features)
+    fits = q.shape[-1] <= KERNEL_FEATURES and (form == "triton" or q.dtype != torch.float32)
+    form = backend.choose(op, form, q, k, v, kernel=fits)
+    x = prepare(q, k, v, None, None, True, state, mask, features=features, native=form == "triton")
     if form == "triton":
         from memlens.memory.fused import fused_taylor  # triton loads on first use
 
-        out, S = fused_taylor(x.q, x.k, x.v, x.S, chunk=chunk)
+        out, S = fused_taylor(x.q, x.k, x.v, x.S)
     else:
         run = _reference if form == "reference" else chunked_taylor
         out, S = run(x.q, x.k, x.v, x.S, chunk=chunk, fresh=state is None)

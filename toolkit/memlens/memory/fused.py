@@ -9,7 +9,7 @@ from memlens import check
 from memlens.memory.call import share
 from memlens.memory.chunked import corrections, fold
 
-__all__ = ["fused"]
+__all__ = ["fused", "fused_taylor"]
 
 
 def fused(q, k, v, g, beta, S, *, scale: float, chunk: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -74,3 +74,70 @@ def _decay_grad(q, k, g, got, chunk: int) -> Tensor:
     each = each.flip(3).cumsum(3).flip(3) + got.kept[:, :, :, None]
     each = each.flatten(2, 3)[:, :, :length]
     return each if g.ndim == 4 else each.sum(-1)
+
+
+def fused_taylor(q, k, v, S) -> tuple[Tensor, Tensor]:
+    """`chunked_taylor` by the kernel: unnormalised out and the last packed state, both float32; v holds the column of ones.
+
+    Raises:
+        ValueError: float32 on a device, where the three states spill.
+    """
+    from memlens.backend import interpreting
+
+    if q.dtype == torch.float32 and not interpreting():
+        fix = "cast q, k and v to bfloat16 or float16, or use form='torch'"
+        check.fail("taylor_attention", "float32 with form='triton'", "half precision: the three states spill in float32", fix)
+    return _Taylor.apply(q, k, v, S)
+
+
+class _Taylor(torch.autograd.Function):
+    """Forward by the kernel; backward by differentiating the torch form, which the inputs are kept for."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, S):
+        from memlens_kernels.taylor import taylor_forward
+
+        ctx.save_for_backward(q, k, v, S)
+        dim = q.shape[-1]
+        q, k = ((x * dim**-0.25).contiguous() for x in (q, k))
+        out, last = taylor_forward(q, k, v.contiguous(), _spread(S, dim))
+        return out, _pack(last, dim)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout, dlast):
+        from memlens.memory.based import chunked_taylor
+
+        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            heads = inputs[3].shape[1]
+            wide = [share(x.float(), heads) for x in inputs[:3]]
+            got = chunked_taylor(*wide, inputs[3], chunk=128)
+        return torch.autograd.grad(got, inputs, (dout, dlast))
+
+
+def _places(dim: int, device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each packed feature its row in the kernel's state and that of its mirror image, and sqrt(1/2) where they are one."""
+    from memlens_kernels.taylor import FEATURES
+
+    a, b = torch.triu_indices(dim, dim, device=device)
+    plain = torch.arange(1 + dim, device=device)
+    pairs, mirror = (1 + FEATURES + first * FEATURES + second for first, second in ((a, b), (b, a)))
+    weight = torch.where(a == b, 0.5**0.5, 1.0)
+    return torch.cat((plain, pairs)), torch.cat((plain, mirror)), torch.cat((torch.ones_like(plain, dtype=torch.float32), weight))
+
+
+def _spread(S: Tensor, dim: int) -> Tensor:
+    """The packed state (.., F, V) as the kernel's (.., 273, V): every product of two features in both orders."""
+    from memlens_kernels.taylor import ROWS
+
+    rows, mirror, weight = _places(dim, S.device)
+    full = S.new_zeros(*S.shape[:2], ROWS, S.shape[-1])
+    full[:, :, rows] = S / weight[:, None]
+    full[:, :, mirror] = S / weight[:, None]
+    return full
+
+
+def _pack(full: Tensor, dim: int) -> Tensor:
+    rows, _, weight = _places(dim, full.device)
+    return full[:, :, rows] * weight[:, None]

@@ -3,7 +3,7 @@
 from importlib import import_module
 
 _HOMES = {"smollm2": "real", "TinyLM": "tiny", "Layer": "tiny", "train": "tiny", "load_checkpoint": "tiny"}
-__all__ = [*_HOMES]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str):

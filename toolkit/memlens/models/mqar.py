@@ -24,7 +24,7 @@ STD = WIDTH**-0.5  # of the first weights in the blocks: with 0.02 the arms need
 _BASE = MixerSpec("softmax", WIDTH, HEADS, kernel=4)
 _WINDOW = _BASE._replace(kind="window", window=16)
 _LINEAR = {size: _BASE._replace(kind="linear", feature_dim=size) for size in (4, 8, 16)}
-_MAMBA = _BASE._replace(kind="mamba", states=16, expand=2)
+_MAMBA = _BASE._replace(kind="mamba", states=16)
 
 ARMS: dict[str, list[MixerSpec]] = {
     "softmax": [_BASE, _BASE],

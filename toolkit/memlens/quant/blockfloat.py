@@ -16,7 +16,7 @@ from memlens import check
 
 __all__ = ["Blocks", "bfp", "decode", "encode"]
 
-LOW, HIGH = -126, 127  # exponents that an int8 and a float32 both hold
+LOW, HIGH = -119, 126  # so that no step, and nothing that is scaled by one, leaves float32
 
 
 class Blocks(NamedTuple):
@@ -53,7 +53,7 @@ def bfp(x: Tensor, mantissa: int, block: int) -> Tensor:
     """`x` (..., n) as it comes back from block floating point, in its dtype; stored, it takes mantissa + 8 / block bits.
 
     >>> bfp(torch.tensor([1.0, 0.4, -0.1, 0.0]), 4, 4)
-    tensor([1.0000, 0.5000, -0.0000, 0.0000])
+    tensor([1.0000, 0.5000, 0.0000, 0.0000])
 
     Raises:
         ValueError: as `encode`.

@@ -4,16 +4,16 @@
     viz.save_figure("h2o-budget", data, "lines", hue="method")              figures/h2o-budget.{nc,svg,png}, a small picture
     viz.explore(fn, budget=(8, 128, 8), layer=[0, 1, 2])                    sliders; fn returns viz.View(data, "lines", ...)
 
-Axis text comes from `long_name` and `units`. `Panel` lists every option of a plot, `FigureSpec` those of a figure. `memlens.viz.redraw`
-draws stored figures again for a paper. Nothing here imports torch; holoviews and ipywidgets load for a live view.
+Axis text comes from `long_name` and `units`. `Panel` lists every option of a plot, `FigureSpec` those of a figure.
+`memlens.viz.redraw` draws stored figures again for a paper. Nothing here imports torch; holoviews loads for a live view.
 """
 
 from importlib import import_module
 
 _HOME = {
-    "draw": "figure", "Drawing": "figure", "STYLES": "figure", "Panel": "spec", "FigureSpec": "spec", "save_figure": "store",
-    "Picture": "store", "read_figure": "store", "View": "notebook", "live": "notebook", "explore": "notebook",
-    "label_of": "tidy", "frontier": "tidy",
+    "draw": "figure", "Drawing": "figure", "STYLES": "figure", "Panel": "spec", "FigureSpec": "spec",
+    "save_figure": "store", "Picture": "store", "read_figure": "store", "View": "notebook", "live": "notebook",
+    "explore": "notebook", "label_of": "tidy", "frontier": "tidy",
 }  # fmt: skip
 __all__ = list(_HOME)
 

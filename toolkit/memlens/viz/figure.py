@@ -56,7 +56,7 @@ def draw(data, plot: str | None = None, *, ax=None, **options):
 
     Args:
         data: xarray Dataset or DataArray; axis text is `long_name` and `units` of what is drawn.
-        plot: `lines`, `points`, `bars` or `heatmap`; or `panels=[{"plot": ..., ...}, ...]` for several plots of one Dataset.
+        plot: `lines`, `points`, `bars` or `heatmap`; or `panels=[{"plot": ..., ...}, ...]` for several plots.
         ax: matplotlib axes to draw one plain plot on (no legend outside, no size).
         options: the fields of `memlens.viz.Panel` and, for the figure, `title`, `width`, `height` (inches), `columns`,
             `sharex`, `sharey`, `widths`.

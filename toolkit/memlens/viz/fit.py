@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from itertools import pairwise
 
 __all__ = ["fit_text"]
 
@@ -32,7 +33,7 @@ def _turn(axis) -> None:
     """Turn the names below an axis by 30 degrees where two of them would touch."""
     labels = [label for label in axis.get_ticklabels() if label.get_text()]
     boxes = [label.get_window_extent() for label in labels]
-    if any(left.x1 + 2 > right.x0 for left, right in zip(boxes, boxes[1:])) and not labels[0].get_rotation():
+    if any(left.x1 + 2 > right.x0 for left, right in pairwise(boxes)) and not labels[0].get_rotation():
         axis.set_tick_params(labelrotation=30)
         for label in axis.get_ticklabels():
             label.set(horizontalalignment="right", rotation_mode="anchor")

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib import rcParams
 
 from memlens.viz.palette import darker
+from memlens.viz.tags import tag_points
 from memlens.viz.tidy import Chart
 
 __all__ = ["name_lines", "name_series", "spread_out"]
@@ -29,6 +30,9 @@ def name_series(figure, axes, groups: list[list[Chart]]) -> None:
                 legends.setdefault(name, (handle, chart.legend))
     if legends:
         _legend_outside(figure, legends)
+    figure.draw_without_rendering()
+    for ax, (chart, _) in zip(axes, parts):
+        tag_points(ax, chart)
 
 
 def name_lines(ax, chart: Chart, *, direct: bool = True, references: bool = True) -> bool:
@@ -40,11 +44,8 @@ def name_lines(ax, chart: Chart, *, direct: bool = True, references: bool = True
     """
     wanted = chart.panel.labels
     fixed = _reference_names(chart) if references else []
-    names = (
-        [(one.y[-1], one.label, darker(one.look.colour)) for one in chart.series]
-        if direct and _may_be_direct(chart)
-        else []
-    )
+    named = chart.series if direct and _may_be_direct(chart) else ()
+    names = [(one.y[-1], one.label, darker(one.look.colour)) for one in named]
     if names and (placed := _places(ax, [*names, *fixed], strict=wanted != "direct")) is not None:
         _write(ax, [*names, *fixed], placed)
         return True
@@ -68,7 +69,7 @@ def _reference_names(chart: Chart) -> list[tuple[float, str, str]]:
 
 
 def _places(ax, names: list[tuple], *, strict: bool):
-    """Heights in pixels for the names, moved apart; None where they would not fit or (strict) stand far from their lines."""
+    """Heights in pixels for the names, moved apart; None where they do not fit or (strict) stand far from their lines."""
     gap = 1.25 * rcParams["font.size"] * ax.figure.dpi / 72
     box = ax.get_window_extent()
     ends = np.array([ax.transData.transform((ax.get_xlim()[1], value))[1] for value, *_ in names])

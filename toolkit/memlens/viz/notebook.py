@@ -54,7 +54,7 @@ def explore(fn: Callable[..., Any], **widgets):
     Returns:
         the ipywidgets box that the cell shows.
     Raises:
-        TypeError: a widget of another form; what `fn` raises at the first call. Later errors are shown in the picture's place.
+        TypeError: a widget of another form; what `fn` raises at the first call; later errors stand in the picture's place.
     """
     import ipywidgets
 

@@ -1,4 +1,4 @@
-"""Bokeh on a notebook page without a network: its script comes from the installed package, pictures are swapped in place."""
+"""Bokeh on a notebook page without a network: its script from the installed package, its pictures swapped in place."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def load() -> None:
     if (shell := get_ipython()) is None:
         return
     cell = getattr(shell, "get_parent", dict)().get("metadata", {}).get("cellId")
-    if not _loaded_by or cell in _loaded_by:
+    if not _loaded_by or (cell is not None and cell in _loaded_by):
         display({script_type: _library(), "text/plain": ""}, raw=True)
         _loaded_by.append(cell)
 

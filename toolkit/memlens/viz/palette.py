@@ -1,6 +1,7 @@
 """The look of each series: a colour that is safe for all eyes, with its own marker, dash and hatch so that grey suffices.
 
-Colours are Okabe and Ito's (2008), without the yellow that vanishes on white, ordered so that neighbours differ in lightness.
+Colours are Okabe and Ito's (2008), without the yellow that vanishes on white, in an order in which neighbours
+differ in lightness.
 """
 
 from __future__ import annotations

@@ -24,13 +24,13 @@ def stored_names() -> list[str]:
 def inches(width: str | float | None) -> float | None:
     """A width in inches from `3.25in`, `8.2cm`, `82mm`, `240pt` or a number.
 
-    >>> inches("3.25in"), round(inches("82mm"), 2)
-    (3.25, 3.23)
+    >>> inches("3.25in"), inches("82mm")
+    (3.25, 3.2283)
     """
     if width is None:
         return None
     match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(in|cm|mm|pt|)\s*", str(width))
-    size = float(match[1]) * _UNITS[match[2]] if match else 0.0
+    size = round(float(match[1]) * _UNITS[match[2]], 4) if match else 0.0
     if not 1.0 <= size <= 60.0:
         check.fail("figures", f"width={width!r}", "1 to 60 inches, such as 3.25in, 82mm or 240pt")
     return size

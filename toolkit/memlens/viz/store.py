@@ -124,8 +124,8 @@ def replace_files(folder: Path, contents: dict[str, bytes]) -> None:
             part.replace(whole)
     except OSError as error:
         raise type(error)(
-            f"save_figure: cannot write {error.filename or folder} ({error.strerror or error}); expected a folder that can be "
-            "written, with room left; set MEMLENS_FIGURES to one. What was stored is as it was"
+            f"save_figure: cannot write {error.filename or folder} ({error.strerror or error}); expected a folder "
+            "that can be written, with room left; set MEMLENS_FIGURES to one. The stored data are as they were"
         ) from error
     finally:
         for part in parts:
@@ -143,8 +143,8 @@ def read_figure(path: Path) -> tuple[xr.Dataset, FigureSpec]:
         return _parse(path.read_bytes())
     except Exception as error:  # h5py, xarray and json each have their own for a damaged file
         raise OSError(
-            f"figures: {path.name} cannot be read ({type(error).__name__}: {error}); expected a figure that memlens stored; "
-            "delete it and rerun the notebook that draws it"
+            f"figures: {path.name} cannot be read ({type(error).__name__}: {error}); expected a figure that memlens "
+            "stored; delete it and rerun the notebook that draws it"
         ) from error
 
 

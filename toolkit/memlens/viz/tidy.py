@@ -173,7 +173,7 @@ def _averaged(data: xr.Dataset, panel: Panel) -> tuple[xr.Dataset, Panel]:
     if panel.over is None:
         return data, panel
     spread = data[panel.y].std(panel.over)
-    mean = data.mean(panel.over, keep_attrs=True, numeric_only=True)
+    mean = data.mean(panel.over, keep_attrs=True)
     if panel.error is None:
         return mean.assign(_spread=spread), replace(panel, over=None, error="_spread")
     return mean, replace(panel, over=None)
@@ -217,6 +217,11 @@ def _series(part: xr.Dataset, panel: Panel, categories, label: str, looks: Look,
     low, high = _bounds(part, panel, y)
     text = tuple(_texts(part[panel.text].broadcast_like(y))) if panel.text else None
     keep = np.isfinite(flat) & np.isfinite(across)
+    for axis, values in (("x", across), ("y", flat)):
+        if axis in panel.log:
+            keep &= values > 0  # what a logarithm cannot show
+    if low is not None and "y" in panel.log:
+        low = np.maximum(low, flat / 10)  # an error larger than the value reaches down by a decade
     pick = lambda values: None if values is None else values[keep]  # noqa: E731
     return Series(
         label, across[keep], flat[keep], pick(low), pick(high), text and tuple(np.array(text)[keep]), looks, base
@@ -265,7 +270,12 @@ def _pair(limits) -> tuple[float, float] | None:
 
 def _some_finite(name: str, *arrays: np.ndarray) -> None:
     if not any(np.isfinite(array).any() for array in arrays if array.size):
-        check.fail("draw", f"{name} has no finite number", "something to draw", "look at what produced it")
+        check.fail(
+            "draw",
+            f"{name} has no finite number",
+            "something to draw",
+            "look at what produced it (or at a zero on a log axis)",
+        )
 
 
 def frontier(x: np.ndarray, y: np.ndarray, senses: list[str]) -> np.ndarray:
