@@ -308,12 +308,16 @@ def _decode_tile(dtype: str, dim: int, bits: int, axis: int, rank: bool) -> Tile
     words = [Words(None, None, None, bits, ax, n) for ax, n in ((axis, group), (-1, 32 if axis == -2 else group))]
     constants = _config(*words, dim, dim, rows, torch.float32 if dtype == "fp32" else torch.float16, rank)
     kinds = {"q": f"*{dtype}", "out": f"*{dtype}", "lse": "*fp32", "rank": "*i32", "scale": "fp32"}
-    kinds |= {f"{x}_{part}": kind for x in "kv" for part, kind in (("codes", "*i32"), ("scale", "*fp16"), ("zero", "*fp16"))}
+    kinds |= {
+        f"{x}_{part}": kind for x in "kv" for part, kind in (("codes", "*i32"), ("scale", "*fp16"), ("zero", "*fp16"))
+    }
     signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in decode_kernel.arg_names}
     per_token = 2 * (dim * bits // 8 + 4 * dim // group)
     moved = span * (per_token + 4 * rank) + 2 * rows * dim * (4 if dtype == "fp32" else 2) + 4 * rows
     label = f"{dtype} D{dim} {bits} bit, keys by {'channel' if axis == -2 else 'token'}{', with holes' if rank else ''}"
-    return Tile(decode_kernel, label, signature, constants, 4, 3, 4 * rows * span * dim, moved, f"{rows} rows, {span} tokens")
+    return Tile(
+        decode_kernel, label, signature, constants, 4, 3, 4 * rows * span * dim, moved, f"{rows} rows, {span} tokens"
+    )
 
 
 def tiles() -> list[Tile]:

@@ -26,7 +26,8 @@ from memlens import check
 from memlens.attention.exact import attend
 from memlens.attention.rope import shift
 from memlens.kv.policies import LayerState, Policy, full
-from memlens.kv.select import gather_kv, positions, stream
+from memlens.kv.select import positions, stream
+from memlens.kv.storage import gathered
 from memlens.kv.store import HeldLayer, refuse
 
 __all__ = ["PolicyCache"]
@@ -47,12 +48,13 @@ class PolicyCache(Cache):
 
     def __init__(self, config: Any, policy: Policy | None = None, *, hold_until: int = 0):
         text = config.get_text_config()
-        super().__init__(layers=[HeldLayer() for _ in range(text.num_hidden_layers)])
         self._policy, self._shape, self.hold_until = policy or full(), _shape(text), hold_until
+        super().__init__(layers=[HeldLayer(self._policy.storage(index)) for index in range(text.num_hidden_layers)])
         self.state: tuple[LayerState | None, ...] = self._policy.init(text)
         self._inv_freq: Tensor | None = None
         self._scale: float | None = None
         self._queries: list[list[Tensor]] | None = None
+        self.peak_bytes = 0  # most that the layers held at once, both forms of the one that was being stored included
 
     @property
     def policy(self) -> Policy:
@@ -72,7 +74,7 @@ class PolicyCache(Cache):
         """Bytes of the storages that the cache keeps alive, by part."""
         states = [entry for entry in self.state if entry is not None]
         parts = {
-            "payload": [x for layer in self.layers for x in (layer.keys, layer.values) if x is not None],
+            **gathered(layer.parts() for layer in self.layers),
             "positions": [entry.stream.pos for entry in states],
             "scores": [entry.stream.score for entry in states],
             "memory": [x for s in states for x in (*s.stream.aux.values(), s.memory) if isinstance(x, Tensor)],
@@ -98,6 +100,7 @@ class PolicyCache(Cache):
         twin._policy, twin.state = policy, policy.init(layers=len(self.layers))
         pad = (self.positions(0)[:, 0] < 0).sum(-1)
         for index, layer in enumerate(twin.layers):
+            layer.store = policy.storage(index)
             twin.observe(index, queries[index], layer.keys, pad=pad if bool(pad.any()) else None, scale=self._scale)
             twin.evict(index)
         return twin
@@ -112,7 +115,7 @@ class PolicyCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row, to ask several questions of one context at once."""
         for layer in self.layers:
-            layer.keys, layer.values = (x.repeat_interleave(repeats, 0) for x in (layer.keys, layer.values))
+            layer.repeat(repeats)
         self.state = tuple(entry.repeated(repeats) for entry in self.state)
 
     def reset(self) -> None:
@@ -163,6 +166,7 @@ class PolicyCache(Cache):
 
     def observe(self, index: int, q: Tensor, k: Tensor, **seen: Any) -> None:
         """Show the policy the rows q (B, H, n, D) of a layer, whose keys are the last n of k."""
+        self.layers[index].observe(q)
         v, start = self.layers[index].values, k.shape[2] - q.shape[2]
         self.state = self._policy.observe(self.state, index, q, k, v, start, **seen)
 
@@ -170,9 +174,9 @@ class PolicyCache(Cache):
         """Carry out the policy's plan for a layer; what it gives up is freed."""
         layer = self.layers[index]
         idx = self._policy.plan(self.state, index, layer.held)
-        if idx is not None:
-            layer.keys, layer.values = gather_kv(layer.keys, layer.values, idx)
         self.state = self._policy.took(self.state, index, idx)
+        others = sum(other.settled for other in self.layers if other is not layer)
+        self.peak_bytes = max(self.peak_bytes, others + layer.settle(idx, self.state[index].stream.score))
 
 
 def _shape(text_config: Any) -> tuple[int, int, int]:

@@ -103,7 +103,7 @@ def compress(filled: Prefilled, policy: Policy) -> PolicyCache:
         ValueError: queries that were not kept, or a cache that has lost tokens already.
     """
     old = filled.cache
-    if filled.queries is None or any(layer.held != layer.seen for layer in old.layers):
+    if filled.queries is None or any(layer.keys is None or layer.held != layer.seen for layer in old.layers):
         check.fail("compress", "a prefill without queries or with tokens missing", "prefill(model, ids, keep_queries=True)")
     return old.under(policy, filled.queries)
 

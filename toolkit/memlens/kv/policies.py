@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from torch import Tensor
 from memlens import check
 from memlens.kv.score import column_mass, smooth
 from memlens.kv.select import StreamState, extend, positions, repeat, stream, take, topk_keep
+
+if TYPE_CHECKING:
+    from memlens.kv.storage import Storage
 
 __all__ = ["Block", "LayerState", "Policy", "full", "h2o", "random_keep", "snapkv", "streaming", "tova"]
 
@@ -64,6 +67,7 @@ class Policy(NamedTuple):
     last: int = 0  # recent tokens: likewise
     when: str = "always"  # evict after every forward, or once at the end of the "prompt"
     rolling: bool = False  # attend as if the kept tokens stood at positions 0, 1, 2, ...
+    store: Storage | None = None  # how what is kept is held, a format of memlens.kv.storage; None: as it is
 
     def init(self, cfg: Any = None, layers: int | None = None) -> tuple[LayerState | None, ...]:
         """The state before any token, one entry per layer; `layers` defaults to the configuration's.
@@ -80,6 +84,25 @@ class Policy(NamedTuple):
                 fix = f"first={self.first} and last={self.last} count inside the budget"
                 check.at_least(self.name, max(1, self.first + self.last), fix, budget=budget)
         return (None,) * layers
+
+    @property
+    def scores(self) -> bool:
+        """Whether its score tells tokens apart."""
+        return self.score is not no_score
+
+    def stored(self, store: Storage) -> Policy:
+        """The same choice, held in a format of `memlens.kv.storage`: `snapkv(128).stored(kivi(bits=4))`.
+
+        Raises:
+            ValueError: a format that cannot hold what this policy keeps, with the reason.
+        """
+        if why := store.problem(self):
+            check.fail(self.name, f"storage {store.name!r}", "a format that goes with it", why)
+        return self._replace(store=store)
+
+    def storage(self, layer: int) -> Storage | None:
+        """The format of one layer; None where tokens are held as they are."""
+        return self.store and self.stored(self.store).store.at(layer)
 
     def tokens(self, layer: int) -> int | None:
         """Tokens that a kv head of this layer may hold; None for all."""

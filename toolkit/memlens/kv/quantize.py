@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from memlens.kv.storage import Storage
 
 __all__ = [
-    "Packed", "affine_quantize", "bits_per_element", "cache_bytes", "dequantize", "join", "pack", "read_at", "span", "take_rows",
-    "unit", "unpack",
+    "Packed", "affine_quantize", "bits_per_element", "cache_bytes", "dequantize", "join", "pack", "read_at", "span",
+    "take_rows", "unit", "unpack",
 ]  # fmt: skip
 
 BITS = (1, 2, 3, 4, 8)
@@ -111,7 +111,7 @@ def dequantize(p: Packed, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def pack(codes: Tensor, bits: int, axis: int = -1) -> Tensor:
-    """Codes as int32 words along `axis` (-1 or -2), 32 / container(bits) a word, the first in the lowest bits; zeros fill up.
+    """Codes as int32 words along `axis` (-1 or -2), 32 / container(bits) a word, the first in the lowest bits.
 
     >>> pack(torch.tensor([[1, 2, 3, 0, 3]]), 2, -1)
     tensor([[825]], dtype=torch.int32)

@@ -28,7 +28,7 @@ from memlens.kv.quantize import Packed
 if TYPE_CHECKING:
     from memlens.kv.policies import Policy
 
-__all__ = ["Storage", "attend_all", "changed", "held_bytes", "part_bytes", "plain", "tensors"]
+__all__ = ["Storage", "attend_all", "changed", "gathered", "held_bytes", "part_bytes", "plain", "query_peak", "tensors"]
 
 PARTS = ("payload", "scales", "indices", "residual")
 
@@ -143,6 +143,12 @@ def own(x: Tensor) -> Tensor:
     return x if x.untyped_storage().nbytes() == x.numel() * x.element_size() else x.clone()
 
 
+def query_peak(q: Tensor, kv_heads: int) -> Tensor:
+    """The largest |q| (B, H, L, D) of each channel over the rows and the query heads of each kv head, (B, Hkv, D)."""
+    check.divides("query_peak", kv_heads=kv_heads, heads=q.shape[1])
+    return q.abs().amax(2).unflatten(1, (kv_heads, -1)).amax(2)
+
+
 def attend_all(store: Storage, q: Tensor, held: Any, *, scale: float | None, form: str = "auto") -> Attended:
     """`Storage.attend` by way of `read`: one layer's keys and values are dequantised for as long as the call lasts."""
     k, v = store.read(held, q.dtype)
@@ -161,6 +167,15 @@ def by_part(*values: Tensor | Packed | None, **others: Iterable[Tensor | None]) 
     for part, tensors_of in others.items():
         found.setdefault(part, []).extend(x for x in tensors_of if x is not None)
     return {part: found[part] for part in PARTS if found.get(part)}
+
+
+def gathered(layers: Iterable[dict[str, list[Tensor]]]) -> dict[str, list[Tensor]]:
+    """The tensors of all layers, by part."""
+    found: dict[str, list[Tensor]] = {"payload": []}
+    for parts in layers:
+        for part, held in parts.items():
+            found.setdefault(part, []).extend(held)
+    return found
 
 
 def held_bytes(parts: dict[str, list[Tensor]]) -> dict[str, int]:

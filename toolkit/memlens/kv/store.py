@@ -1,14 +1,16 @@
-"""How kept tokens are stored: one layer of a Hugging Face cache, here as plain tensors."""
+"""One layer of a Hugging Face cache: what it holds, as plain tensors or in a format of `memlens.kv.storage`."""
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import CacheLayerMixin
 
 from memlens import check
+from memlens.kv.select import gather_kv
+from memlens.kv.storage import Storage, changed, query_peak
 
 __all__ = ["HeldLayer", "refuse"]
 
@@ -19,15 +21,34 @@ def refuse(came: str, fix: str) -> NoReturn:
 
 
 class HeldLayer(CacheLayerMixin):
-    """The keys and values that one layer holds, (B, Hkv, held, D), and how many tokens it has seen."""
+    """The keys and values that one layer holds, (B, Hkv, held, D), and how many tokens it has seen.
 
-    def __init__(self):
+    With a storage format they are plain only while the layer runs: from `update` to `settle`.
+    """
+
+    def __init__(self, store: Storage | None = None):
         super().__init__()
-        self.seen = 0
+        self.seen, self.store = 0, store
+        self.stored: Any = None  # the format's state; None before the first tokens were settled
+        self.query_peak: Tensor | None = None  # of the prompt, for a format that asks for it
+        self.settled = 0  # bytes held when the last tokens had been settled
 
     @property
     def held(self) -> int:
-        return 0 if self.keys is None else self.keys.shape[-2]
+        if self.keys is not None:
+            return self.keys.shape[-2]
+        return 0 if self.stored is None else self.store.count(self.stored)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that the layer keeps alive."""
+        return sum(x.untyped_storage().nbytes() for tensors in self.parts().values() for x in tensors)
+
+    def parts(self) -> dict[str, list[Tensor]]:
+        """The tensors held, by part: payload, scales, indices, residual."""
+        plain = [x for x in (self.keys, self.values) if x is not None]
+        stored = {} if self.stored is None else self.store.parts(self.stored)
+        return stored | {"payload": stored.get("payload", []) + plain}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
@@ -35,9 +56,38 @@ class HeldLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.keys is None and self.stored is not None:
+            self.keys, self.values = self.store.read(self.stored, self.dtype)
         self.keys, self.values = _append(self.keys, key_states), _append(self.values, value_states)
         self.seen += key_states.shape[-2]
         return self.keys, self.values
+
+    def observe(self, q: Tensor) -> None:
+        """Take note of the queries, for a format that asks for them."""
+        if self.store is not None and self.store.balances and self.stored is None:
+            peak = query_peak(q, self.keys.shape[1])
+            self.query_peak = peak if self.query_peak is None else torch.maximum(self.query_peak, peak)
+
+    def settle(self, idx: Tensor | None, score: Tensor) -> int:
+        """Keep the tokens idx (None: all), as the format holds them; returns its bytes while both forms were alive."""
+        before = self.nbytes
+        if self.store is None and idx is None:
+            self.settled = before
+            return before
+        if self.store is None:
+            self.keys, self.values = gather_kv(self.keys, self.values, idx)
+        else:
+            count = 0 if self.stored is None else self.store.count(self.stored)
+            new = (x[..., count:, :] for x in (self.keys, self.values))
+            self.stored = self.store.commit(self.stored, *new, idx, score=score, query_peak=self.query_peak)
+            self.keys = self.values = self.query_peak = None
+        self.settled = self.nbytes
+        return before + self.settled
+
+    def repeat(self, times: int) -> None:
+        """Repeat every row of the batch."""
+        held = (self.keys, self.values, self.stored, self.query_peak)
+        self.keys, self.values, self.stored, self.query_peak = changed(held, lambda x: x.repeat_interleave(times, 0))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.held + query_length, 0
@@ -49,7 +99,7 @@ class HeldLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.keys = self.values = None
+        self.keys = self.values = self.stored = self.query_peak = None
         self.is_initialized, self.seen = False, 0
 
     def crop(self, tokens_to_remove: int) -> None:

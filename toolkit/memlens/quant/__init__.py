@@ -3,9 +3,8 @@
 from importlib import import_module
 
 _HOMES = {
-    "QTensor": "core", "container": "core", "dequantize": "core", "pack": "core", "quantize": "core", "storage_bits": "core",
-    "unpack": "core",
-    "bfp": "blockfloat",
+    "QTensor": "core", "container": "core", "dequantize": "core", "pack": "core", "quantize": "core",
+    "storage_bits": "core", "unpack": "core", "bfp": "blockfloat",
 }  # fmt: skip
 _MODULES = ("blockfloat", "core")
 __all__ = [name for names in (_HOMES, _MODULES) for name in names]

@@ -1,6 +1,6 @@
 """What a compressed KV cache still knows: a continuation's distribution, a passage to copy, codes to look up.
 
-    natural_kl    KL(full || compressed) of the next-token distributions on a natural continuation: the sharpest of the three
+    natural_kl    KL(full || compressed) of the next-token distributions on a natural continuation; the sharpest of them
     copy_recall   the beginning of a span comes again; how well does its continuation follow?
     code_lookup   lines "The code of apple is 4821.", then one of them up to the code; are the digits known?
 
@@ -9,6 +9,7 @@ Each feeds the real path: a prompt is prefilled, a policy compresses it, the res
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,16 +18,17 @@ import xarray as xr
 from torch import Tensor
 
 from memlens import check
-from memlens.kv.cache import PolicyCache, compress, continue_with, prefill, stream_eval
+from memlens.kv.cache import PolicyCache, Prefilled, compress, continue_with, prefill, stream_eval
 from memlens.kv.policies import Policy
 
-__all__ = ["Lookup", "ask_codes", "code_lookup", "copy_recall", "kl_divergence", "natural_kl", "stream_kl"]
+__all__ = ["Lookup", "ask_codes", "code_lookup", "copy_recall", "kl_divergence", "natural_kl", "sparsity", "stream_kl"]
 
 NAMES = (
-    "apple river stone window garden horse bread silver winter table music paper ocean tiger candle mirror forest bridge "
-    "doctor engine flower guitar hammer island jacket kitchen ladder market needle orange pencil queen rocket shadow temple "
-    "valley wagon copper dragon"
-).split()
+    "apple", "river", "stone", "window", "garden", "horse", "bread", "silver", "winter", "table", "music", "paper",
+    "ocean", "tiger", "candle", "mirror", "forest", "bridge", "doctor", "engine", "flower", "guitar", "hammer",
+    "island", "jacket", "kitchen", "ladder", "market", "needle", "orange", "pencil", "queen", "rocket", "shadow",
+    "temple", "valley", "wagon", "copper", "dragon",
+)  # fmt: skip
 
 
 def kl_divergence(full: Tensor, other: Tensor) -> Tensor:
@@ -60,6 +62,28 @@ def stream_kl(model: Any, ids: Tensor, policies: Mapping[str, Policy], *, chunk:
     full = stream_eval(model, ids, chunk=ids.shape[1], start=start)
     rows = [kl_divergence(full, stream_eval(model, ids, policy, chunk, start))[0] for policy in policies.values()]
     return _labelled(torch.stack(rows), list(policies), start)
+
+
+@torch.no_grad()
+def sparsity(filled: Prefilled, *, below: float = 0.01, top: float = 0.2) -> xr.Dataset:
+    """How few keys carry the attention, by layer.
+
+    `quiet`: share of visible keys with less than `below` times their row's maximum. `top_share`: share of all the mass that
+    falls on the `top` share of keys with the largest accumulated mass. Both are means over heads (and rows), in [0, 1].
+    """
+    quiet, share = [], []
+    for layer, q in zip(filled.cache.layers, filled.queries, strict=True):
+        k, length = layer.keys.repeat_interleave(q.shape[1] // layer.keys.shape[1], 1), q.shape[2]
+        seen = torch.ones(length, length, dtype=torch.bool).tril()
+        score = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill_(~seen, -torch.inf)
+        low = (score < score.amax(-1, keepdim=True) + math.log(below)) & seen
+        quiet.append(float(low.sum() / (seen.sum() * low.shape[0] * low.shape[1])))
+        mass = score.softmax(-1).sum(-2)
+        share.append(float(mass.topk(round(top * length)).values.sum() / mass.sum()))
+    data = xr.Dataset({"quiet": ("layer", quiet), "top_share": ("layer", share)}, {"layer": range(len(quiet))})
+    data.quiet.attrs["long_name"] = f"keys below {below:.0%} of their row's maximum"
+    data.top_share.attrs["long_name"] = f"mass on the top {top:.0%} of keys"
+    return data
 
 
 def _labelled(kl: Tensor, methods: list[str], start: int) -> xr.DataArray:
