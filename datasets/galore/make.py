@@ -34,6 +34,7 @@ ARMS = {
 
 
 def main() -> None:
+    """Train every arm with every seed, write the curves and their hash."""
     torch.set_num_threads(1)
     fits = [[fit(arm, seed=seed) for seed in SEEDS] for arm in ARMS.values()]
     curves = np.array([[fitted.losses.numpy() for fitted in row] for row in fits], dtype=np.float32)

@@ -16,7 +16,7 @@ from memlens_kernels.tile import Tile
 __all__ = ["BLOCK", "adam8", "adam8_kernel", "tiles"]
 
 BLOCK = 256
-WARPS = 2
+WARPS = 4
 
 
 @triton.jit
@@ -43,6 +43,7 @@ def adam8_kernel(
     numel, beta1, rest1, beta2, rest2, correction, floor,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One block of 256 elements; rest1 and rest2 are 1 - beta, floor is what is added to sqrt(v')."""
     block = tl.program_id(0).to(tl.int64)
     at = block * BLOCK + tl.arange(0, BLOCK)
     inside = at < numel

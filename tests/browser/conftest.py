@@ -168,7 +168,7 @@ class Reader:
         for session in self.ask("sessions"):
             self.ask(f"sessions/{session['id']}", "DELETE")
 
-    def run_all(self, seconds: float = 240) -> None:
+    def run_all(self, seconds: float = 420) -> None:
         """Run > Run All Cells; fails where a cell shows an error or writes to stderr."""
         self.page.click('.lm-MenuBar-itemLabel:text-is("Run")')
         self.page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')

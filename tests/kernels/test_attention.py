@@ -101,13 +101,12 @@ def test_half_precision_is_no_worse_than_torch(generator):
         assert (got - exact).abs().mean() <= 1.5 * (peer - exact).abs().mean() + 1e-6
 
 
-@pytest.mark.parametrize("shared", [(1, 1), (2, 4), (1, 4), (2, 1)])
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("shared, causal", [((1, 1), True), ((2, 4), True), ((1, 4), False), ((2, 1), False)])
 def test_listed_blocks_are_the_masked_reference(shared, causal, generator, close):
-    tensors = inputs((2, 4, 2, 100, 130, 24, 16), generator)
-    blocks = torch.rand(*shared, 4, 3, generator=generator) < 0.5
-    blocks[..., 1, :] = False
-    mask = spread(blocks, 32, 48, 100, 130)
+    tensors = inputs((2, 4, 2, 60, 80, 24, 16), generator)
+    blocks = torch.rand(*shared, 2, 2, generator=generator) < 0.5
+    blocks[..., 0, 1, :] = False
+    mask = spread(blocks, 32, 48, 60, 80)
     got = through(partial(block_attend, block_mask=blocks, block_q=32, block_k=48, causal=causal, form="triton"), *tensors)
     close(got, through(partial(attend, causal=causal, mask=mask, form="reference"), *tensors), atol=2e-5)
 

@@ -60,15 +60,14 @@ def additive(call: Call, bias: Tensor | None, rows: slice, keys: slice, like: Te
 
 
 class _Attend(torch.autograd.Function):
+    # without a separate setup_context, which costs as much as a small call itself
     @staticmethod
-    def forward(q, k, v, bias, call, forward, backward):
-        return forward(q, k, v, bias, call)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        q, k, v, bias, ctx.call, _, ctx.backward_form = inputs
-        ctx.save_for_backward(q, k, v, bias, *output)
+    def forward(ctx, q, k, v, bias, call, forward, backward):
+        out, lse = forward(q, k, v, bias, call)
+        ctx.call, ctx.backward_form = call, backward
+        ctx.save_for_backward(q, k, v, bias, out, lse)
         ctx.set_materialize_grads(False)
+        return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -88,4 +87,6 @@ class _Attend(torch.autograd.Function):
 
 def differentiable(forward: Callable, backward: Callable, q, k, v, bias: Tensor | None, call: Call) -> Attended:
     """Run a form so that the gradients of out and lse flow into q, k, v and bias."""
+    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in (q, k, v, bias)):
+        return Attended(*forward(q, k, v, bias, call))
     return Attended(*_Attend.apply(q, k, v, bias, call, forward, backward))

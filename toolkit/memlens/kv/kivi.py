@@ -24,7 +24,7 @@ from memlens import check
 from memlens.attention.merge import Attended
 from memlens.kv import storage
 from memlens.kv.packed import packed_attend
-from memlens.kv.quantize import Packed, affine_quantize, dequantize, join, read_at, take_rows
+from memlens.kv.quantize import Packed, affine_quantize, dequantize, join, packed_bytes, read_at, take_rows
 from memlens.quant.core import container
 
 if TYPE_CHECKING:
@@ -93,15 +93,14 @@ class Kivi(NamedTuple):
 
     def size(self, shape: tuple[int, int, int, int], itemsize: int = 4) -> dict[str, int]:
         batch, heads, length, dim = shape
-        total = {"payload": 0.0, "scales": 0.0, "residual": 0.0}
+        payload = scales = residual = 0
         for rule in (self.keys, self.values):
-            packed = _packed_tokens(length, rule)
-            per_token = batch * heads * dim
-            if packed:
-                total["payload"] += packed * per_token * container(rule.bits) / 8
-                total["scales"] += 2 * META.itemsize * packed * per_token / rule.group
-            total["residual"] += (length - packed) * per_token * itemsize
-        return storage.part_bytes(**total)
+            cut = _packed_tokens(length, rule)
+            residual += batch * heads * (length - cut) * dim * itemsize
+            if cut:
+                codes, metas = packed_bytes((batch, heads, cut, dim), rule.bits, axis=rule.axis, group=rule.group)
+                payload, scales = payload + codes, scales + metas
+        return storage.part_bytes(payload=payload, scales=scales, residual=residual)
 
 
 def kivi(

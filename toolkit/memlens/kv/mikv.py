@@ -12,6 +12,7 @@ follow the text.
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -22,9 +23,8 @@ from memlens.attention.exact import attend
 from memlens.attention.merge import Attended, merge_many
 from memlens.kv import storage
 from memlens.kv.packed import packed_attend
-from memlens.kv.quantize import Packed, affine_quantize, dequantize, join, take_rows
+from memlens.kv.quantize import Packed, affine_quantize, dequantize, join, packed_bytes, take_rows
 from memlens.kv.select import complement, topk_keep
-from memlens.quant.core import container
 
 if TYPE_CHECKING:
     from memlens.kv.policies import Policy
@@ -142,12 +142,14 @@ class Mixed(NamedTuple):
     def size(self, shape: tuple[int, int, int, int], itemsize: int = 4) -> dict[str, int]:
         batch, heads, length, dim = shape
         high = round(self.r * length)
-        total = {"payload": 0.0, "scales": 4.0 * batch * heads * dim * self.balances, "indices": 4 * batch * heads * high}
+        payload, scales = 0, 4 * batch * heads * dim * self.balances
         for bits, tokens in ((self.hi, high), (self.lo, length - high)):
-            numbers = 2 * batch * heads * tokens * dim
-            total["payload"] += numbers * (itemsize if bits == 16 else container(bits) / 8)
-            total["scales"] += 0 if bits == 16 else 2 * META.itemsize * numbers / (self.group or dim // 2)
-        return storage.part_bytes(**total)
+            shape = (2 * batch, heads, tokens, dim)  # keys and values
+            codes, metas = prod(shape) * itemsize, 0
+            if bits != 16:
+                codes, metas = packed_bytes(shape, bits, axis=-1, group=self.group or dim // 2)
+            payload, scales = payload + codes, scales + metas
+        return storage.part_bytes(payload=payload, scales=scales, indices=4 * batch * heads * high)
 
 
 def mixed(
@@ -238,7 +240,7 @@ def _lower(upper: Rows, lower: Rows | None, place: Tensor, is_high: Tensor, at: 
     falls = is_high.gather(-1, at)
     most = int(falls.sum(-1).max()) if falls.numel() else 0
     rank = (
-        falls.to(torch.uint8).sort(-1, descending=True, stable=True).indices[..., :most]
+        falls.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :most]
     )  # heads with fewer repeat others
     from_upper = torch.where(falls.gather(-1, rank), place.gather(-1, at.gather(-1, rank)), 0)
     down = _tier(_plain(_rows(upper, from_upper), None), bits, group)

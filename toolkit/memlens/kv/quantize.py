@@ -10,7 +10,7 @@ Source: arXiv:2402.02750 (KIVI), section 3. The rounding is `memlens.quant.core`
 
 from __future__ import annotations
 
-from math import lcm
+from math import lcm, prod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from memlens.kv.storage import Storage
 
 __all__ = [
-    "Packed", "affine_quantize", "bits_per_element", "cache_bytes", "dequantize", "join", "pack", "read_at", "span",
-    "take_rows", "unit", "unpack",
+    "Packed", "affine_quantize", "bits_per_element", "cache_bytes", "dequantize", "join", "pack", "packed_bytes",
+    "read_at", "span", "take_rows", "unit", "unpack",
 ]  # fmt: skip
 
 BITS = (1, 2, 3, 4, 8)
@@ -207,6 +207,17 @@ def bits_per_element(bits: int, group: int, meta_bits: int = 32) -> float:
     """
     check.at_least("bits_per_element", 1, bits=bits, group=group)
     return bits + meta_bits / group
+
+
+def packed_bytes(shape: tuple[int, ...], bits: int, *, axis: int, group: int, meta_size: int = 2) -> tuple[int, int]:
+    """Bytes of the codes, and of scales and zeros of `meta_size` bytes, of a packed tensor (..., tokens, dim).
+
+    >>> packed_bytes((1, 3, 128, 64), 2, axis=-2, group=32)
+    (6144, 3072)
+    """
+    along, across = (shape[-2], shape[-1]) if axis == -2 else (shape[-1], shape[-2])
+    rows = across * prod(shape[:-2])
+    return 4 * rows * -(-along * core.container(bits) // 32), 2 * meta_size * rows * (along // group)
 
 
 def cache_bytes(shape: tuple[int, int, int, int], layout: Storage, itemsize: int = 4) -> int:

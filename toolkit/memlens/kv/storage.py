@@ -183,17 +183,9 @@ def held_bytes(parts: dict[str, list[Tensor]]) -> dict[str, int]:
     return {part: sum(x.untyped_storage().nbytes() for x in held) for part, held in parts.items()}
 
 
-def part_bytes(*, payload: float, scales: float = 0, indices: float = 0, residual: float = 0) -> dict[str, int]:
-    """Bytes by part, in whole numbers, parts of nothing left out.
-
-    Raises:
-        ValueError: a part that is no whole number of bytes.
-    """
-    sizes = {"payload": payload, "scales": scales, "indices": indices, "residual": residual}
-    for part, size in sizes.items():
-        if size != int(size):
-            check.fail("size", f"{part} takes {size} bytes", "whole words; choose other bits, group or dim")
-    return {part: int(size) for part, size in sizes.items() if size}
+def part_bytes(**sizes: int) -> dict[str, int]:
+    """Bytes by part, in the usual order, parts of nothing left out."""
+    return {part: int(sizes[part]) for part in PARTS if sizes.get(part)}
 
 
 def tensors(state: Any) -> Iterator[Tensor]:

@@ -48,18 +48,20 @@ def build(arm: str, *, seed: int = 0) -> TinyLM:
     return TinyLM(layers, d=WIDTH, heads=HEADS, vocab=VOCAB, std=STD, generator=torch.Generator().manual_seed(seed))
 
 
-def fit(model: TinyLM, *, steps: int = 500, batch: int = 64, lr: float = 5e-3, pairs=PAIRS, seed: int = 1) -> torch.Tensor:
-    """Train on batches of `pairs` in turn, drawn from `seed`; returns the loss of each step."""
+def fit(
+    model: TinyLM, *, steps: int = 500, batch: int = 64, lr: float = 5e-3, pairs=PAIRS, length: int = LENGTH, seed: int = 1
+) -> torch.Tensor:  # fmt: skip
+    """Train on batches of `pairs` in turn, drawn from `seed`; returns the loss of each step, nats."""
     generator = torch.Generator().manual_seed(seed)
-    return train(
-        model, mqar_batches(batch, pairs=pairs, length=LENGTH, vocab=VOCAB, generator=generator), steps=steps, lr=lr
-    )
+    batches = mqar_batches(batch, pairs=pairs, length=length, vocab=VOCAB, generator=generator)
+    return train(model, batches, steps=steps, lr=lr)
 
 
 @torch.no_grad()
-def evaluate(model: TinyLM, *, pairs: int, count: int = 256, seed: int = 7) -> float:
+def evaluate(model: TinyLM, *, pairs: int, count: int = 256, length: int = LENGTH, seed: int = 7) -> float:
     """Share of queries answered right on rows that no training seed drew."""
-    tokens, targets = mqar(count, pairs=pairs, length=LENGTH, vocab=VOCAB, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    tokens, targets = mqar(count, pairs=pairs, length=length, vocab=VOCAB, generator=generator)
     return recall_accuracy(model(tokens), targets)
 
 

@@ -96,7 +96,7 @@ def compose(data, spec: FigureSpec, *, style: str | None = None, width: float | 
         if spec.title:
             figure.suptitle(spec.title, x=0.01, ha="left")
         fit_text(figure)
-        name_series(figure, axes, groups)
+        name_series(figure, axes, groups, columns)
     return figure
 
 

@@ -117,7 +117,7 @@ def _house_style(plot, element, *, meaning: str) -> None:
         )  # fmt: skip
     for legend in figure.legend:
         legend.update(
-            border_line_alpha=0, background_fill_alpha=0, label_text_font_size="9pt", margin=0, padding=2,
+            border_line_alpha=0, background_fill_alpha=0, label_text_font_size="9pt", margin=0, padding=2, spacing=14,
             label_text_color=GREY, glyph_width=28, title=meaning or None, title_text_font_style="normal",
             title_text_font_size="9pt",
         )  # fmt: skip

@@ -1,10 +1,11 @@
-"""Names of series: beside the ends of their lines where there is room, else in one legend outside the plots."""
+"""Names of series: beside the ends of their lines where there is room, else in a legend outside the plots."""
 
 from __future__ import annotations
 
 import numpy as np
 from matplotlib import rcParams
 
+from memlens.viz.legends import legend_of_all, legends_above
 from memlens.viz.palette import darker
 from memlens.viz.tags import tag_points
 from memlens.viz.tidy import Chart
@@ -12,24 +13,28 @@ from memlens.viz.tidy import Chart
 __all__ = ["name_lines", "name_series", "spread_out"]
 
 MOST_DIRECT = 6
+LONGEST = 24  # letters of a name that may take its place from the plot
 GREY = "#555555"
 
 
-def name_series(figure, axes, groups: list[list[Chart]]) -> None:
-    """Name every series once on the whole figure, and the reference lines at the right edge of each group.
+def name_series(figure, axes, groups: list[list[Chart]], columns: int) -> None:
+    """Name every series: at the ends of its lines, or in one legend for all plots, or in one above each plot that has
+    other series than its neighbours; and the reference lines at the right edge of each group.
 
-    A legend makes the figure taller by its own height, so that the plots keep theirs.
+    Legends make the figure taller by their own height, so that the plots keep theirs.
     """
     figure.draw_without_rendering()
-    legends: dict[str, tuple] = {}
     parts = [(chart, group) for group in groups for chart in group]
+    open_plots = []  # that still need a legend
     for ax, (chart, group) in zip(axes, parts):
         alone = len(parts) == 1 or chart.panel.labels == "direct"
         if not name_lines(ax, chart, direct=alone, references=chart is group[-1]):
-            for handle, name in zip(*ax.get_legend_handles_labels()):
-                legends.setdefault(name, (handle, chart.legend))
-    if legends:
-        _legend_outside(figure, legends)
+            open_plots.append((ax, chart))
+    looks = {tuple((one.label, one.look) for one in chart.series) for _, chart in open_plots}
+    if len(looks) == 1:
+        legend_of_all(figure, *open_plots[0])
+    elif looks:
+        legends_above(figure, axes, open_plots, columns)
     figure.draw_without_rendering()
     for ax, (chart, _) in zip(axes, parts):
         tag_points(ax, chart)
@@ -74,6 +79,8 @@ def _places(ax, names: list[tuple], *, strict: bool):
     box = ax.get_window_extent()
     ends = np.array([ax.transData.transform((ax.get_xlim()[1], value))[1] for value, *_ in names])
     placed = spread_out(ends, gap, box.y0, box.y1)
+    if strict and max(len(text) for _, text, _ in names) > LONGEST:
+        return None
     if placed is None or (strict and np.abs(placed - ends).max() > 1.4 * gap):
         return None
     return placed
@@ -111,28 +118,3 @@ def spread_out(places, gap: float, low: float, high: float):
     result = np.empty(len(order))
     result[order] = np.concatenate([centre + gap * (np.arange(count) - (count - 1) / 2) for centre, count in clusters])
     return result
-
-
-def _legend_outside(figure, legends: dict[str, tuple]) -> None:
-    """Above the plots, or below them where the figure has a title."""
-    titles = {title for _, title in legends.values()}
-    handles = [handle for handle, _ in legends.values()]
-    where = "outside lower left" if figure.get_suptitle() else "outside upper left"
-    title = titles.pop() if len(titles) == 1 else None
-    legend = figure.legend(
-        handles, list(legends), loc=where, ncols=_columns(figure, list(legends)), title=title or None, alignment="left",
-        title_fontsize=rcParams["legend.fontsize"],
-    )  # fmt: skip
-    figure.draw_without_rendering()
-    figure.set_figheight(figure.get_figheight() + legend.get_window_extent().height / figure.dpi)
-
-
-def _columns(figure, names: list[str]) -> int:
-    """As many columns as the width holds, in rows of about equal length; a column is as wide as its longest name."""
-    letter = rcParams["font.size"] / 72
-    room = figure.get_figwidth() / letter
-    for rows in range(1, len(names) + 1):
-        columns = [names[start : start + rows] for start in range(0, len(names), rows)]
-        if sum(0.57 * max(map(len, column)) + 5.2 for column in columns) <= room:
-            return len(columns)
-    return 1

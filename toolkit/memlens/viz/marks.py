@@ -7,15 +7,15 @@ from functools import partial
 
 import numpy as np
 
-from memlens.viz.palette import MAP
+from memlens.viz.palette import MAP, MOST_MARKS, SWELL
 from memlens.viz.tidy import Chart, Series, frontier
 
 __all__ = ["bars", "frontier_line", "heatmap", "lines", "points", "reference_lines"]
 
 MARKS = dict(zip("os^DvPX*", ["circle", "square", "triangle", "diamond", "inverted_triangle", "cross", "x", "star"]))
 HATCHES = {
-    "": None, "////": "right_diagonal_line", "....": "dot", "xxxx": "diagonal_cross", "\\\\\\\\": "left_diagonal_line",
-    "++++": "cross", "oo": "ring",
+    "": None, "////": "right_diagonal_line", "xxx": "diagonal_cross", "\\\\\\\\": "left_diagonal_line",
+    "---": "horizontal_line", "++": "cross", "|||": "vertical_line",
 }  # fmt: skip
 
 
@@ -32,16 +32,18 @@ def lines(hv, chart: Chart, dims) -> Iterator:
             area = hv.Area((one.x, one.low, one.high), dims[0], [dims[1], "high"])
             yield area.opts(color=one.look.colour, alpha=0.18, line_alpha=0)
         dash = [max(1, round(2 * part)) for part in one.look.dash] or "solid"
+        marked = chart.panel.markers and len(one.x) <= MOST_MARKS
         curve = hv.Curve((one.x, one.y), *dims, label=one.label)
-        yield curve.opts(color=one.look.colour, line_dash=dash, line_width=2)
-        marked = chart.panel.markers and len(one.x) <= 40
-        yield _marks(hv, one, dims, size=7 if marked else 4, alpha=1.0 if marked else 0.0)
+        hover = {} if marked else {"tools": ["hover"], "hover_tooltips": _tips(dims, one.label)}
+        yield curve.opts(color=one.look.colour, line_dash=dash, line_width=2, **hover)
+        if marked:
+            yield _marks(hv, one, dims, size=7)
 
 
-def _marks(hv, one: Series, dims, size: int, alpha: float = 1.0):
+def _marks(hv, one: Series, dims, size: int):
     return hv.Scatter((one.x, one.y), *dims, label=one.label).opts(
-        color=one.look.colour, marker=MARKS[one.look.marker], size=size, line_color="white", alpha=alpha, tools=["hover"],
-        hover_tooltips=_tips(dims, one.label), show_legend=alpha > 0,
+        color=one.look.colour, marker=MARKS[one.look.marker], size=size * SWELL.get(one.look.marker, 1), line_color="white", tools=["hover"],
+        hover_tooltips=_tips(dims, one.label),
     )  # fmt: skip
 
 

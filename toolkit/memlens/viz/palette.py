@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["BASELINE", "COLOURS", "DASHES", "HATCHES", "MAP", "MARKERS", "Look", "darker", "look"]
+__all__ = ["BASELINE", "COLOURS", "DASHES", "HATCHES", "MAP", "MARKERS", "MOST_MARKS", "SWELL", "Look", "darker", "look"]
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#6A3D00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ((), (6, 2), (2, 1.5), (7, 2, 1.5, 2), (9, 3), (4, 1.5, 1, 1.5, 1, 1.5))  # points on, points off
-HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++++", "oo")
+HATCHES = ("", "////", "xxx", "\\\\\\\\", "---", "++", "|||")  # lines only: dots make an SVG heavy
 MAP = "cividis"  # sequential, the same to all eyes, even in grey
+SWELL = {"^": 1.25, "v": 1.25, "P": 1.2, "X": 1.2, "*": 1.6}  # markers that look smaller than they are
+MOST_MARKS = 40  # points on a line that are still marked one by one
 BASELINE = ("#000000", "#7F7F7F", "#4D4D4D")
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+from matplotlib import rcParams
 from matplotlib.container import BarContainer
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from memlens.viz.palette import MAP
+from memlens.viz.palette import MAP, MOST_MARKS, SWELL
 from memlens.viz.tidy import Axis, Chart, Series, frontier
 
 __all__ = ["draw_chart"]
@@ -38,13 +39,17 @@ def _lines(ax, chart: Chart) -> list:
             "linestyle": (0, one.look.dash) if one.look.dash else "-",
             "zorder": 3 + 0.01 * order,
         }
-        if chart.panel.markers and len(one.x) <= 40:
-            style |= {"marker": one.look.marker, "markeredgecolor": "white"}
+        if chart.panel.markers and len(one.x) <= MOST_MARKS:
+            style |= {"marker": one.look.marker, "markeredgecolor": "white", "markersize": _size(one)}
         drawn += ax.plot(one.x, one.y, label=one.label, **style)
         if one.low is not None:
             ax.fill_between(one.x, one.low, one.high, color=one.look.colour, alpha=0.18, linewidth=0, zorder=2)
     _axes(ax, chart)
     return drawn
+
+
+def _size(one: Series) -> float:
+    return rcParams["lines.markersize"] * SWELL.get(one.look.marker, 1.0)
 
 
 def _points(ax, chart: Chart) -> list:
@@ -53,7 +58,7 @@ def _points(ax, chart: Chart) -> list:
         if one.low is not None:
             spread = (one.y - one.low, one.high - one.y)
             ax.errorbar(one.x, one.y, yerr=spread, fmt="none", ecolor=one.look.colour, elinewidth=1, capsize=2, zorder=2)
-        marks = {"marker": one.look.marker, "markeredgecolor": "white", "markersize": 7}
+        marks = {"marker": one.look.marker, "markeredgecolor": "white", "markersize": 1.4 * _size(one)}
         drawn += ax.plot(one.x, one.y, linestyle="none", color=one.look.colour, label=one.label, zorder=3, **marks)
     if chart.panel.pareto:
         x, y = (np.concatenate([getattr(one, name) for one in chart.series]) for name in "xy")
