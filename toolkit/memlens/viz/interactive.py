@@ -8,13 +8,12 @@ import numpy as np
 
 from memlens.viz.marks import bars, frontier_line, heatmap, lines, points, reference_lines
 from memlens.viz.spec import FigureSpec
-from memlens.viz.static import short
 from memlens.viz.tidy import Axis, Chart, charts
+from memlens.viz.words import short, ticks_at
 
 __all__ = ["to_holoviews"]
 
 PIXELS = 110  # for an inch of the stored figure
-FEW_TICKS = 9
 GREY = "#555555"
 
 
@@ -74,7 +73,7 @@ def _axis_options(chart: Chart) -> dict:
             options[f"{name}lim"] = axis.limits
         if axis.categories is not None:
             options[f"{name}ticks"] = list(enumerate(axis.categories))
-        elif axis.log and axis is chart.x and (ticks := _ticks_at_data(chart)):
+        elif axis.log and axis is chart.x and (ticks := ticks_at(np.concatenate([one.x for one in chart.series]))):
             options[f"{name}ticks"] = ticks
     if chart.panel.plot == "bars" and (top := _bar_top(chart)) and not chart.y.limits:
         options["xlim" if turned else "ylim"] = (0, top)
@@ -92,11 +91,6 @@ def _bar_top(chart: Chart) -> float | None:
         for place, high in zip(one.x, one.y if one.high is None else one.high):
             piles[place] = piles.get(place, 0.0) + high if chart.panel.stack else max(piles.get(place, 0.0), high)
     return 1.06 * max(piles.values(), default=0.0) or None
-
-
-def _ticks_at_data(chart: Chart) -> list | None:
-    values = np.unique(np.concatenate([one.x for one in chart.series]))
-    return [(value, short(value, 4)) for value in values] if len(values) <= FEW_TICKS else None
 
 
 def _grid_ticks(axis: Axis, values, most: int) -> list:

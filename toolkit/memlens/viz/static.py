@@ -9,10 +9,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from memlens.viz.palette import MAP, MOST_MARKS, SWELL
 from memlens.viz.tidy import Axis, Chart, Series, frontier
+from memlens.viz.words import short, ticks_at
 
 __all__ = ["draw_chart"]
-
-FEW_TICKS = 9
 
 
 def draw_chart(ax, chart: Chart, limits: tuple[float, float] | None = None):
@@ -167,17 +166,11 @@ def _at(names: tuple[str, ...], place: float) -> str:
 
 def _ticks_at_data(axis, series: tuple[Series, ...]) -> None:
     """On a log axis with few measured values, the ticks are those values."""
-    values = np.unique(np.concatenate([one.x for one in series]))
-    round_numbers = all(float(f"{value:.4g}") == value for value in values)
-    if (
-        len(values) <= FEW_TICKS
-        and values.min() > 0
-        and round_numbers
-        and (len(values) < 3 or np.diff(np.log(values)).min() > 0.3)
-    ):
-        axis.set_major_locator(FixedLocator(values))
+    if found := ticks_at(np.concatenate([one.x for one in series])):
+        names = dict(found)
+        axis.set_major_locator(FixedLocator(list(names)))
         axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(FuncFormatter(lambda value, _: short(value, 4)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: names.get(value, "")))
 
 
 def _references(ax, chart: Chart) -> None:
@@ -196,16 +189,3 @@ def _references(ax, chart: Chart) -> None:
                 line["label"], (value, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points",
                 ha="center", va="bottom", color="#555555", fontsize="small", clip_on=False,
             )  # fmt: skip
-
-
-def short(value: float, digits: int = 3) -> str:
-    """A number as a person writes it: 4096, 0.125, 1.5M, 2e-05.
-
-    >>> short(4096), short(1_500_000), short(0.000021)
-    ('4096', '1.5M', '2.1e-05')
-    """
-    if abs(value) >= 1e5 and np.isfinite(value):
-        for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-            if abs(value) >= size:
-                return f"{value / size:.{digits}g}{unit}"
-    return f"{value:.0f}" if value == round(value) else f"{value:.{digits}g}"
