@@ -11,7 +11,7 @@ from memlens.kv.ksort import block_floats, ksort
 from memlens.kv.mikv import mikv, mixed
 from memlens.kv.quantize import cache_bytes
 
-LENGTH, BUDGET = 23, 19
+LENGTH, BUDGET, STEPS = 23, 19, 14
 STORES = {
     "plain": lambda: storage.plain(),
     "kivi16": lambda: kivi(16, group=8, residual=8),
@@ -44,18 +44,17 @@ def commit(store, held, k, v, idx=None):
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("name", PRESETS)
 def test_any_selection_goes_with_any_storage(name, store, llama, close):
-    ids = prompt(LENGTH + 22, rows=2)
+    ids = prompt(LENGTH + STEPS)
     policy = PRESETS[name](BUDGET).stored(STORES[store]())
     _, cache, _ = prefill(llama, ids[:, :LENGTH], policy)
     _, plain, _ = prefill(llama, ids[:, :LENGTH], PRESETS[name](BUDGET))
     assert all(layer.keys is None for layer in cache.layers)
-    for i in range(LENGTH, LENGTH + 22):
+    for i in range(LENGTH, LENGTH + STEPS):
         got, want = (continue_with(llama, c, ids[:, i : i + 1]) for c in (cache, plain))
         assert cache.held == [BUDGET + (i + 1 - LENGTH if name in ONCE else 0)] * 3
         assert bool(got.isfinite().all())
         if store in LOSSLESS:
             close(got, want, rtol=1e-4, atol=1e-4)
-    assert float((got - want).abs().max()) > (0 if store in LOSSLESS else -1) - 1e-9
     if store in LOSSLESS:
         assert torch.equal(cache.positions(1), plain.positions(1))
 
@@ -81,8 +80,6 @@ def test_storage_alone_forgets_nothing(store, model, close):
 @SHAPES
 def test_bytes_are_the_formula_and_what_is_held(store, shape, generator):
     fmt = STORES[store]()
-    if fmt.name != "plain" and shape[-1] % 8:
-        pytest.skip("the formats' groups do not divide this head dim")
     held = commit(fmt, None, *random_kv(shape, generator))
     got = storage.held_bytes(fmt.parts(held))
     assert {part: size for part, size in got.items() if size} == fmt.size(shape)
@@ -120,7 +117,6 @@ def test_eviction_keeps_the_tokens_that_were_asked_for(store, generator):
         want = storage.take(x, live)
         error = (got - want).norm() / want.norm()
         assert error < (1e-6 if store in LOSSLESS else 0.1 if store in FINE else 0.75)
-        assert torch.equal((got - want).norm(dim=-1).argmin(-1) >= 0, torch.ones(2, 2, dtype=torch.bool))
         nearest = torch.cdist(got, x).argmin(-1)
         assert (nearest == live).float().mean() > (0.999 if store in LOSSLESS | FINE else 0.9)
 

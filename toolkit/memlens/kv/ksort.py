@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from memlens.kv.policies import Policy
 
 __all__ = [
-    "BlockFloats", "BlockState", "RopeTable", "apply_channel_permutation", "block_floats", "ksort", "rope_table", "rotate",
+    "BlockFloats", "BlockState", "RopeTable", "apply_channel_permutation", "block_floats", "ksort", "logit_error",
+    "rope_table", "rotate",
 ]  # fmt: skip
 
 
@@ -101,6 +102,17 @@ def apply_channel_permutation(wq: Tensor, wk: Tensor, perm: Tensor, table: RopeT
     return queries.reshape(wq.shape), keys.reshape(wk.shape), RopeTable(table.freq[perm], partner, table.sign[perm])
 
 
+def logit_error(q: Tensor, k: Tensor, stored: Tensor) -> float:
+    """Norm of the error of every logit q·k, over the norm of the logits, when `stored` stands in for k.
+
+    Args:
+        q: (B, H, n, D); k, stored: (B, Hkv, L, D).
+    """
+    check.shapes("logit_error", k=(k, "batch kv_heads length dim"), stored=(stored, "batch kv_heads length dim"))
+    rows = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+    return float((rows @ (stored - k).mT).norm() / (rows @ k.mT).norm())
+
+
 class BlockState(NamedTuple):
     k: Tensor  # (B, Hkv, tokens, D·bits/8) uint8, mantissas in the sorted order
     k_exponent: Tensor  # (B, Hkv, tokens, D/block) int8
@@ -165,8 +177,9 @@ class BlockFloats(NamedTuple):
     def size(self, shape: tuple[int, int, int, int], itemsize: int = 4) -> dict[str, int]:
         batch, heads, length, dim = shape
         numbers, sides = batch * heads * length * dim, (self.mantissa, self.values)
-        each = [numbers * (itemsize if bits is None else core.container(bits) / 8) for bits in sides]
-        return storage.part_bytes(payload=sum(each), scales=sum(numbers / self.block for bits in sides if bits is not None))
+        each = [numbers * itemsize if bits is None else numbers * core.container(bits) // 8 for bits in sides]
+        exponents = [0 if bits is None else numbers // self.block for bits in sides]
+        return storage.part_bytes(payload=sum(each), scales=sum(exponents))
 
 
 def block_floats(mantissa: int = 4, *, block: int = 32, values: int | None = 8, order: Tensor | None = None) -> BlockFloats:

@@ -41,9 +41,10 @@ def lines(hv, chart: Chart, dims) -> Iterator:
 
 
 def _marks(hv, one: Series, dims, size: int):
+    swollen = size * SWELL.get(one.look.marker, 1.0)
     return hv.Scatter((one.x, one.y), *dims, label=one.label).opts(
-        color=one.look.colour, marker=MARKS[one.look.marker], size=size * SWELL.get(one.look.marker, 1.0), line_color="white",
-        tools=["hover"], hover_tooltips=_tips(dims, one.label),
+        color=one.look.colour, marker=MARKS[one.look.marker], size=swollen, line_color="white", tools=["hover"],
+        hover_tooltips=_tips(dims, one.label),
     )  # fmt: skip
 
 
