@@ -29,7 +29,7 @@ VIEWS = {
     "points": 'dict(y="mass", x="budget", hue="method", pareto=["min", "max"])',
     "bars": 'dict(y="bytes", x="method", hue="part", stack=True, horizontal=True)',
     "heatmap": 'dict(value="weight", x="key", y="query")',
-    "panels": 'dict(panels=[dict(plot="heatmap", value="weight", title="one head"), dict(y="mass", hue="method", log="x")])',
+    "panels": 'dict(panels=[dict(plot="heatmap", value="weight", title="a head"), dict(y="mass", hue="method", log="x")])',
 }
 
 

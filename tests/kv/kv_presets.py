@@ -3,7 +3,7 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from memlens.kv.policies import full, h2o, random_keep, snapkv, streaming, tova
+from memlens.kv.policies import full, h2o, keyformer, random_keep, scissorhands, sirllm, snapkv, streaming, tova
 
 
 def generator(seed=1):
@@ -21,9 +21,13 @@ PRESETS = {
     "streaming": lambda budget: streaming(budget, sinks=2),
     "random": lambda budget: random_keep(budget, generator=generator(), sinks=2),
     "tova": tova,
+    "scissorhands": lambda budget: scissorhands(budget, window=6, recent=2, drop=0.0),
+    "keyformer": lambda budget: keyformer(budget, generator=generator())._replace(first=2),
+    "sirllm": lambda budget: sirllm(start=2, entropy=budget - 4, recent=2, decay=0.9),
 }
 ONCE = {"snapkv", "snapkv_avg"}  # compress the prompt, then grow
-ROLLING = {"h2o_rolling"}
+ROLLING = {"h2o_rolling", "sirllm"}
+DRAWN = {"random", "keyformer"}  # noise comes block by block and row by row
 
 SHAPE = {
     "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3, "intermediate_size": 48,
@@ -51,4 +55,4 @@ def prompt(length, rows=1, seed=2):
     return torch.randint(3, 61, (rows, length), generator=generator(seed))
 
 
-__all__ = ["MODELS", "ONCE", "PRESETS", "ROLLING", "full", "generator", "prompt", "tiny"]
+__all__ = ["DRAWN", "MODELS", "ONCE", "PRESETS", "ROLLING", "full", "generator", "prompt", "tiny"]

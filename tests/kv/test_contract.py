@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kv_presets import MODELS, ONCE, PRESETS, ROLLING, full, prompt, tiny
+from kv_presets import DRAWN, MODELS, ONCE, PRESETS, ROLLING, full, prompt, tiny
 
 from memlens.kv.cache import PolicyCache, compress, continue_with, prefill, stream_eval
 
@@ -74,7 +74,7 @@ def test_chunks_equal_one_forward_while_nothing_is_evicted(name, llama, close):
     again, parts, _ = prefill(llama, ids, PRESETS[name](LENGTH + 1), chunk=5)
     close(again, logits)
     for one, two in zip(whole.state, parts.state, strict=True):
-        if name != "random":  # its draws come block by block
+        if name not in DRAWN:  # draws come block by block
             close(two.stream.score, one.stream.score)
         assert torch.equal(two.stream.pos, one.stream.pos)
 
@@ -93,6 +93,10 @@ def test_a_prompt_in_chunks_is_compressed_like_one_forward(name, llama, close):
 def test_compress_equals_prefill_under_the_policy(name, model, close):
     ids = prompt(LENGTH, rows=2)
     direct = prefill(model, ids, PRESETS[name](BUDGET)).cache
+    if direct.policy.hears:
+        with pytest.raises(ValueError, match="needs the logits"):
+            compress(prefill(model, ids, keep_queries=True), direct.policy)
+        return
     late = compress(prefill(model, ids, keep_queries=True), PRESETS[name](BUDGET))
     assert late.held == direct.held
     for layer in range(3):
@@ -113,7 +117,7 @@ def test_a_padded_batch_equals_its_rows_alone(name, model, close):
         mask = torch.cat((mask, torch.ones(4, 1, dtype=mask.dtype)), 1)
         got.append(continue_with(model, cache, steps[:, i : i + 1], mask=mask))
     for row, alone in enumerate(rows):
-        if name == "random":
+        if name in DRAWN:
             continue  # each row of a batch has draws of its own
         logits, single, _ = prefill(model, alone, PRESETS[name](BUDGET))
         want = [logits[:, None]] + [continue_with(model, single, steps[row : row + 1, i : i + 1]) for i in range(4)]

@@ -1,5 +1,7 @@
 """What is drawn: data, axis text, scales, names of series. Pixels are nobody's business."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -159,6 +161,43 @@ def test_panels_stand_in_one_figure(data):
     figure.draw_without_rendering()
     assert not inside(figure, figure.legends[0])
     assert not figure.legends[0].get_window_extent().overlaps(figure._suptitle.get_window_extent())
+
+
+def test_panels_with_other_series_have_their_own_legends(data):
+    panels = [{"y": "loss", "hue": "method", "title": "one"}, {"plot": "bars", "y": "parts", "x": "method", "hue": "part"}]
+    figure = viz.draw(data, panels=panels)
+    figure.draw_without_rendering()
+    named = [[text.get_text() for text in ax.get_legend().get_texts()] for ax in figure.axes]
+    assert named == [["h2o", "random", "full"], ["payload", "scales"]]
+    for ax in figure.axes:
+        assert ax.get_legend().get_window_extent().y0 >= ax.get_window_extent().y1 - 2
+    assert figure.axes[0]._left_title.get_window_extent().y0 >= figure.axes[0].get_legend().get_window_extent().y1 - 2
+
+
+def test_four_small_multiples_stand_two_by_two(data):
+    figure = viz.draw(
+        data.expand_dims(layer=4), "lines", y="loss", hue="method", col="layer", reference={"y": 0.5, "label": "b"}
+    )
+    figure.draw_without_rendering()
+    corners = [ax.get_window_extent().p0 for ax in figure.axes]
+    assert (corners[0][1], corners[0][0]) == pytest.approx((corners[1][1], corners[2][0]))
+    assert [len(ax.texts) for ax in figure.axes] == [0, 1, 0, 0]  # the reference is named at the right edge, once
+
+
+@pytest.mark.parametrize("plot", ["bars", "heatmap"])
+def test_tick_labels_never_touch(plot):
+    names = [f"a rather long name {place}" for place in range(9)]
+    table = xr.DataArray(np.eye(9), dims=("row", "name"), coords={"name": names}, name="value")
+    options = {"x": "name", "y": "row"} if plot == "heatmap" else {"x": "name", "select": {"row": 0}}
+    figure = viz.draw(table, plot, **options)
+    figure.draw_without_rendering()
+    ticks = figure.axes[0].get_xticklabels()
+    assert [tick.get_text() for tick in ticks] == names
+    assert ticks[0].get_rotation() in (30, 90)
+    assert figure.axes[0].get_window_extent().height > 100  # turned words make the figure taller, not the plot smaller
+    numbers = viz.draw(table.assign_coords(row=2.0 ** np.arange(9, 18)), "lines", x="row", hue="name", log="x", width=2)
+    boxes = [tick.get_window_extent() for tick in numbers.axes[0].get_xticklabels() if tick.get_text()]
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
 
 def test_reference_lines_are_named_at_the_edge(data):

@@ -7,9 +7,10 @@ from importlib import import_module
 
 _HOMES = {
     "column_mass": "score", "smooth": "score", "surprisal": "score", "hit_rate": "score", "retained_mass": "score",
+    "gumbel_mass": "score", "persistence_ratio": "score",
     "topk_keep": "select", "gather_kv": "select", "complement": "select", "StreamState": "select",
     "Policy": "policies", "full": "policies", "h2o": "policies", "random_keep": "policies", "snapkv": "policies",
-    "streaming": "policies", "tova": "policies",
+    "streaming": "policies", "tova": "policies", "scissorhands": "policies", "keyformer": "policies", "sirllm": "policies",
     "PolicyCache": "cache", "compress": "cache", "continue_with": "cache", "prefill": "cache", "stream_eval": "cache",
 }  # fmt: skip
 _MODULES = ("adapter", "budget", "cache", "policies", "score", "select", "store")

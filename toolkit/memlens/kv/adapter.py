@@ -13,7 +13,7 @@ observes, and what it gives up is gone before the next layer starts. Public inte
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from copy import copy
 from typing import Any
@@ -25,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from memlens import check
 from memlens.attention.exact import attend
 from memlens.attention.rope import shift
+from memlens.kv.listen import listening
 from memlens.kv.policies import LayerState, Policy, full
 from memlens.kv.select import positions, stream
 from memlens.kv.storage import gathered
@@ -54,6 +55,7 @@ class PolicyCache(Cache):
         self._inv_freq: Tensor | None = None
         self._scale: float | None = None
         self._queries: list[list[Tensor]] | None = None
+        self.last_logits: Tensor | None = None  # (B, V), for a policy that hears: of the newest token
         self.peak_bytes = 0  # most that the layers held at once, both forms of the one that was being stored included
 
     @property
@@ -77,7 +79,8 @@ class PolicyCache(Cache):
             **gathered(layer.parts() for layer in self.layers),
             "positions": [entry.stream.pos for entry in states],
             "scores": [entry.stream.score for entry in states],
-            "memory": [x for s in states for x in (*s.stream.aux.values(), s.memory) if isinstance(x, Tensor)],
+            "memory": [x for s in states for x in (*s.stream.aux.values(), s.memory) if isinstance(x, Tensor)]
+            + [x for x in (self.last_logits,) if x is not None],
         }
         return {name: sum(x.untyped_storage().nbytes() for x in tensors) for name, tensors in parts.items()}
 
@@ -96,6 +99,8 @@ class PolicyCache(Cache):
 
     def under(self, policy: Policy, queries: list[Tensor]) -> PolicyCache:
         """A cache that shows these queries (per layer, (B, H, held, D)) to another policy and lets it evict once."""
+        if policy.hears:
+            check.fail("compress", f"{policy.name}, which needs the logits", "a policy that scores by attention", "use prefill")
         twin = self.fork(hold_until=0)
         twin._policy, twin.state = policy, policy.init(layers=len(self.layers))
         pad = (self.positions(0)[:, 0] < 0).sum(-1)
@@ -117,11 +122,12 @@ class PolicyCache(Cache):
         for layer in self.layers:
             layer.repeat(repeats)
         self.state = tuple(entry.repeated(repeats) for entry in self.state)
+        self.last_logits = None if self.last_logits is None else self.last_logits.repeat_interleave(repeats, 0)
 
     def reset(self) -> None:
         """An empty cache under the same policy."""
         super().reset()
-        self.state = self._policy.init(layers=len(self.layers))
+        self.state, self.last_logits = self._policy.init(layers=len(self.layers)), None
 
     @contextmanager
     def on(self, model: Any) -> Iterator[PolicyCache]:
@@ -141,7 +147,8 @@ class PolicyCache(Cache):
         token = _active.set(self)
         try:
             model.set_attn_implementation(NAME)
-            yield self
+            with listening(self, model) if self._policy.hears else nullcontext():
+                yield self
         finally:
             _active.reset(token)
             model.set_attn_implementation(before)
@@ -160,9 +167,15 @@ class PolicyCache(Cache):
             self._queries[index].append(q)
         self._scale = scale
         self.observe(index, q, k, lse=lse, pad=pad, scale=scale)
-        if self.layers[index].seen >= self.hold_until:
+        if self.layers[index].seen >= self.hold_until and not self._policy.hears:
             self.evict(index)
         return out
+
+    def hear(self, surprise: Tensor, last_logits: Tensor) -> None:
+        """After a forward: the surprisal (B, n) of its tokens, and the newest token's logits (B, V). Then every layer evicts."""
+        self.state, self.last_logits = self._policy.hear(self.state, surprise), last_logits.clone()
+        for index in range(len(self.layers) if self.layers[0].seen >= self.hold_until else 0):
+            self.evict(index)
 
     def observe(self, index: int, q: Tensor, k: Tensor, **seen: Any) -> None:
         """Show the policy the rows q (B, H, n, D) of a layer, whose keys are the last n of k."""

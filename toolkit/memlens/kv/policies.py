@@ -20,13 +20,17 @@ import torch
 from torch import Tensor
 
 from memlens import check
+from memlens.kv import eviction
 from memlens.kv.score import column_mass, smooth
 from memlens.kv.select import StreamState, extend, positions, repeat, stream, take, topk_keep
 
 if TYPE_CHECKING:
     from memlens.kv.storage import Storage
 
-__all__ = ["Block", "LayerState", "Policy", "full", "h2o", "random_keep", "snapkv", "streaming", "tova"]
+__all__ = [
+    "Block", "LayerState", "Policy", "full", "h2o", "keyformer", "random_keep", "scissorhands", "sirllm", "snapkv",
+    "streaming", "tova",
+]  # fmt: skip
 
 
 class Block(NamedTuple):
@@ -67,6 +71,8 @@ class Policy(NamedTuple):
     last: int = 0  # recent tokens: likewise
     when: str = "always"  # evict after every forward, or once at the end of the "prompt"
     rolling: bool = False  # attend as if the kept tokens stood at positions 0, 1, 2, ...
+    slack: int = 0  # tokens below the budget that an eviction leaves, so that the next one is not due at once
+    hears: bool = False  # its score needs the logits: it evicts after the forward, not after each layer
     store: Storage | None = None  # how what is kept is held, a format of memlens.kv.storage; None: as it is
 
     def init(self, cfg: Any = None, layers: int | None = None) -> tuple[LayerState | None, ...]:
@@ -81,8 +87,8 @@ class Policy(NamedTuple):
             check.fail(self.name, f"{len(self.budget)} budgets for {layers} layers", "one for each layer, or one number")
         for budget in self.budget if isinstance(self.budget, tuple) else (self.budget,):
             if budget is not None:
-                fix = f"first={self.first} and last={self.last} count inside the budget"
-                check.at_least(self.name, max(1, self.first + self.last), fix, budget=budget)
+                fix = f"first={self.first}, last={self.last} and slack={self.slack} count inside the budget"
+                check.at_least(self.name, max(1, self.first + self.last) + self.slack, fix, budget=budget)
         return (None,) * layers
 
     @property
@@ -128,7 +134,7 @@ class Policy(NamedTuple):
         held, budget = state[layer].stream, self.tokens(layer)
         if budget is None or budget >= length or state[layer].done:
             return None
-        return topk_keep(held.score, budget, first=self.first, last=self.last, alive=_real(held.pos))
+        return topk_keep(held.score, budget - self.slack, first=self.first, last=self.last, alive=_real(held.pos))
 
     def took(self, state: tuple, layer: int, idx: Tensor | None) -> tuple:
         """The state once the plan was carried out (idx None: nothing went). A one-time policy is done with it."""
@@ -136,6 +142,11 @@ class Policy(NamedTuple):
         kept = now.stream if idx is None else take(now.stream, idx)
         once = self.when == "prompt"
         return _put(state, layer, LayerState(kept, None if once else now.memory, once))
+
+
+    def hear(self, state: tuple, surprise: Tensor) -> tuple:
+        """The state once the surprisal (B, n) of the n newest tokens is known, for a policy that `hears`."""
+        return tuple(eviction.hear(entry, surprise) for entry in state)
 
 
 def _put(state: tuple, layer: int, value: LayerState) -> tuple:
@@ -269,3 +280,74 @@ def snapkv(capacity: int, *, window: int = 32, kernel: int = 7, pool: str = "max
     smooth(torch.zeros(1), kernel, pool)
     score = partial(observed, window=window, kernel=kernel, pool=pool, group=group)
     return Policy("snapkv", score, capacity, last=window, when="prompt")
+
+
+def scissorhands(budget: int, *, window: int = 400, recent: int = 10, drop: float = 0.5) -> Policy:
+    """Scissorhands: when the budget is full, the tokens most often below uniform attention in the last rows go, many at once.
+
+    A cache that overflows shrinks to budget + 1 - m tokens, m = drop · budget, so that one step in m compresses.
+
+    Args:
+        budget: most tokens per (layer, kv head) after a forward.
+        window: rows that are looked back on, at most 16,384; the oldest leave in steps of a sixteenth.
+        recent: newest tokens that are kept whatever their record.
+        drop: share of the budget given up at once, in [0, 1); at least one token.
+    Raises:
+        ValueError: recent >= budget - m, a window or drop outside.
+    Source: arXiv:2305.17118, algorithm 2; its code masks by row instead and frees nothing.
+    """
+    check.at_least("scissorhands", 1, budget=budget)
+    check.within("scissorhands", 1, 1 << 14, window=window)
+    check.within("scissorhands", 0.0, 1.0 - 1e-9, drop=drop)
+    many = max(1, int(drop * budget))
+    check.at_least("scissorhands", recent + many + 1, f"recent={recent} must survive a drop of {many}", budget=budget)
+    score = partial(eviction.least_below, window=window)
+    return Policy("scissorhands", score, budget, last=recent, slack=many - 1)
+
+
+def keyformer(
+    budget: int, *, generator: torch.Generator, recent: float = 0.3, tau_init: float = 1.0, tau_delta: float = 0.01,
+    noise: float = 1.0, group: str = "mean",
+) -> Policy:  # fmt: skip
+    """Keyformer: H2O with another sum, that of a softmax with Gumbel noise and a temperature that rises while writing.
+
+    Args:
+        budget: tokens per (layer, kv head); the paper takes 0.5 to 0.6 of the prompt (`kv.budget.tokens`).
+        generator: of the noise.
+        recent: share of the budget for the newest tokens.
+        tau_init, tau_delta: temperature in the first forward, and its rise with each row after it. The paper goes from 1 to 2
+            over the tokens it generates.
+        noise: times the Gumbel draw; 0 is none, and with tau_delta = 0 then H2O.
+        group: how the query heads of a kv head share one score: "mean" or "sum".
+    Raises:
+        ValueError: budget < 1, recent outside [0, 1], tau_init <= 0, tau_delta < 0, noise < 0.
+    Source: arXiv:2403.09054, section 3; its code sums a batch into one score and frees nothing.
+    """
+    check.at_least("keyformer", 1, budget=budget)
+    check.within("keyformer", 0.0, 1.0, recent=recent)
+    check.one_of("keyformer", ("mean", "sum"), group=group)
+    if tau_init <= 0:
+        check.fail("keyformer", f"tau_init={tau_init}", "tau_init > 0", "a temperature divides the scores")
+    check.within("keyformer", 0.0, torch.inf, tau_delta=tau_delta, noise=noise)
+    options = {"generator": generator, "noise": noise, "tau_init": tau_init, "tau_delta": tau_delta, "group": group}
+    return Policy("keyformer", partial(eviction.noisy, **options), budget, last=round(recent * budget))
+
+
+def sirllm(*, start: int = 4, entropy: int = 1020, recent: int = 0, decay: float = 1.0, rolling: bool = True) -> Policy:
+    """SirLLM: the first tokens, the newest, and of the others those that the model had expected least.
+
+    The score of a token is its surprisal -log P(token | before), one number for all layers and heads.
+
+    Args:
+        start, entropy, recent: tokens of the three kinds; the budget is their sum.
+        decay: what an eviction leaves of every kept score, in (0, 1]: below 1 old memories fade.
+        rolling: attend as if the kept tokens stood next to each other, so that a stream has no end.
+    Raises:
+        ValueError: negative counts, a budget of 0, decay outside.
+    Source: arXiv:2405.12528, section 3; its code takes each token's logits one place too late, this does not.
+    """
+    check.at_least("sirllm", 0, start=start, entropy=entropy, recent=recent)
+    check.at_least("sirllm", 1, "keep at least one token", budget=start + entropy + recent)
+    check.within("sirllm", 1e-9, 1.0, decay=decay)
+    score, budget = partial(eviction.unexpected, decay=decay), start + entropy + recent
+    return Policy("sirllm", score, budget, first=start, last=recent, rolling=rolling, hears=True)

@@ -4,7 +4,8 @@
     column_mass_j = Σ_i P_ij                  (or the mean, the largest, the last, the count above or below a threshold)
 
 Scores are per kv head, (B, Hkv, L): higher is kept. They are statistics for a selection, so no gradient flows through them.
-Source: arXiv:2306.14048 (the accumulated sum, H2O), arXiv:2404.14469 (the window of last rows and the smoothing, SnapKV).
+Source: arXiv:2306.14048 (the accumulated sum, H2O), arXiv:2404.14469 (the window of last rows and the smoothing, SnapKV),
+arXiv:2403.09054 (noise and temperature, Keyformer), arXiv:2305.17118 (persistence, Scissorhands).
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from torch.nn import functional as F
 
 from memlens import backend, check
 
-__all__ = ["column_mass", "group_heads", "hit_rate", "retained_mass", "smooth", "surprisal"]
+__all__ = [
+    "Persistence", "column_mass", "group_heads", "gumbel_mass", "hit_rate", "persistence_ratio", "retained_mass", "smooth",
+    "surprisal",
+]  # fmt: skip
 
 REDUCES = ("sum", "mean", "max", "last", "count_above", "count_below")
 GROUPS = ("mean", "max", "sum", "none")
@@ -35,6 +39,8 @@ class Mass(NamedTuple):
     q_start: int
     scale: float
     reduce: str  # sum | max | count_above | count_below
+    noise: Tensor | None = None  # (B, H, Lq, L), added to the scores; only without lse
+    tau: Tensor | None = None  # (Lq,): the temperature of each row; likewise
 
 
 @torch.no_grad()
@@ -69,6 +75,36 @@ def column_mass(
     if reduce == "mean":
         index = torch.arange(k.shape[2], device=k.device)
         mass = mass / (q.shape[2] - (index - call.q_start).clamp(min=0)).clamp(min=1)
+    return group_heads(mass, k.shape[1], group)
+
+
+@torch.no_grad()
+def gumbel_mass(
+    q: Tensor, k: Tensor, *, tau: float | Tensor, noise: Tensor | None, q_start: int | None = None, group: str = "mean",
+    alive: Tensor | None = None, scale: float | None = None, form: str = "torch",
+) -> Tensor:  # fmt: skip
+    """The column sums of softmax((s + noise) / tau), s = scale · q·k: (B, Hkv, L) float32, higher = more.
+
+    With Gumbel(0, 1) noise a row is a softened draw of one key with probability P_ij: as tau -> 0 the mean over draws tends to
+    P, at tau = 1 it is flatter. A large tau gives every visible key the same. Zero noise and tau = 1 is `column_mass`.
+
+    Args:
+        q, k, q_start, group, alive, scale: as in `column_mass`.
+        tau: above 0, one number or one for each row (Lq,).
+        noise: (B, H, Lq, L), drawn by the caller; None for none. What a row cannot see is not used.
+        form: "reference" or "torch".
+    Raises:
+        ValueError: tau <= 0, noise of another shape, and as `column_mass`.
+    Source: arXiv:2403.09054, equations 5 to 8.
+    """
+    check.one_of("gumbel_mass", ("reference", "torch"), form=form)
+    call = _checked(q, k, None, q_start, "sum", None, group, alive, scale)
+    rows = torch.as_tensor(tau, dtype=torch.float32, device=q.device).expand(q.shape[2])
+    if not bool((rows > 0).all()):
+        check.fail("gumbel_mass", f"tau={float(rows.min())}", "tau > 0", "a temperature divides the scores")
+    if noise is not None and noise.shape != (wanted := (*q.shape[:3], k.shape[2])):
+        check.fail("gumbel_mass", f"noise of shape {tuple(noise.shape)}", f"{wanted}: one draw for each row and key")
+    mass = _FORMS[form](call._replace(noise=None if noise is None else noise.float(), tau=rows))
     return group_heads(mass, k.shape[1], group)
 
 
@@ -138,7 +174,9 @@ def _reference(call: Mass) -> Tensor:
     for i in range(q.shape[2]):
         seen = (index <= call.q_start + i).expand(k.shape[:3])
         seen = seen if alive is None else seen & alive
-        score = (q[:, :, i, None] * k).sum(-1).mul(call.scale).masked_fill(~seen, -torch.inf)  # (B, H, L)
+        score = (q[:, :, i, None] * k).sum(-1).mul(call.scale)  # (B, H, L)
+        score = score if call.noise is None else score + call.noise[:, :, i]
+        score = (score if call.tau is None else score / call.tau[i]).masked_fill(~seen, -torch.inf)
         lse = score.logsumexp(-1) if call.lse is None else call.lse[:, :, i]
         p = (score - lse[..., None]).exp().masked_fill(~seen, 0.0)
         columns.append(_statistic(p, seen, None if limit is None else limit[:, :, i, None], call.reduce))
@@ -180,6 +218,10 @@ def _torch(call: Mass) -> Tensor:
 def _probabilities(scores: Tensor, call: Mass, first: int, stop: int) -> Tensor:
     """Softmax over the keys of a block (B, Hkv, g, rows, keys); only its last `rows` keys need the causal mask."""
     rows = stop - first
+    if call.noise is not None:
+        scores += call.noise.unflatten(1, scores.shape[1:3])[..., first:stop, : scores.shape[-1]]
+    if call.tau is not None:
+        scores /= call.tau[first:stop, None]
     hidden = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu(1)
     scores[..., -rows:].masked_fill_(hidden, -torch.inf)
     if call.alive is not None:
@@ -249,6 +291,40 @@ def surprisal(logits: Tensor, ids: Tensor, prev_logits: Tensor | None = None) ->
     else:
         first = F.cross_entropy(prev_logits.float(), ids[:, 0], reduction="none")[:, None]
     return torch.cat((first, nll), 1)
+
+
+class Persistence(NamedTuple):
+    """Shares in [0, 1], each (B, H)."""
+
+    ratio: Tensor  # of the early keys that mattered late, how many had mattered early
+    chance: Tensor  # of all early keys, how many mattered early: the ratio if nothing persisted
+
+
+def persistence_ratio(p: Tensor, split: int, threshold: float | str = "1/t") -> Persistence:
+    """Do the keys that mattered keep mattering? A key is pivotal for a row that gives it more than `threshold`.
+
+    ratio = |early ∩ late| / |late| among the keys before `split`: early are those pivotal in some row before it, late those
+    pivotal in some later row. Where no key is late, both shares are NaN: there is nothing to persist.
+
+    Args:
+        p: (B, H, L, L) causal attention probabilities; row i sees i + 1 keys.
+        split: rows and keys before it are the first part, 1 to L - 1.
+        threshold: a probability, or "c/t" for c times the weight of uniform attention over the keys that a row sees.
+    Raises:
+        ValueError: p that is not square, a split outside, a threshold of another form.
+    Source: arXiv:2305.17118, section 3.
+    """
+    length = check.shapes("persistence_ratio", p=(p, "batch heads length length"))["length"]
+    check.within("persistence_ratio", 1, length - 1, split=split)
+    factor = threshold.removesuffix("/t") if isinstance(threshold, str) else threshold
+    if isinstance(factor, str) and (factor == threshold or not factor.replace(".", "", 1).isdigit()):
+        check.fail("persistence_ratio", f"threshold={threshold!r}", "a number or 'c/t', such as '1/t'")
+    seen = torch.arange(1, length + 1, device=p.device)[:, None] if isinstance(threshold, str) else 1.0
+    pivotal = p[..., :split] > (1 + 1e-5) * float(factor) / seen  # uniform rows are not pivotal by rounding
+    early, late = pivotal[..., :split, :].any(-2), pivotal[..., split:, :].any(-2)
+    count = late.sum(-1)
+    nothing = torch.where(count > 0, 0.0, torch.nan)
+    return Persistence((early & late).sum(-1) / count.clamp(min=1) + nothing, early.float().mean(-1) + nothing)
 
 
 def hit_rate(keep_idx: Tensor, p_future: Tensor, top: int) -> Tensor:

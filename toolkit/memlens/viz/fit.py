@@ -11,42 +11,49 @@ __all__ = ["fit_text"]
 
 
 def fit_text(figure) -> None:
-    """Wrap what is longer than its axis and turn tick labels that overlap. Costs two layouts."""
-    figure.draw_without_rendering()
-    for ax in figure.axes:
-        box = ax.get_window_extent()
-        for text, room, side in (
-            (ax.xaxis.label, box.width * 1.15, "width"),
-            (ax.yaxis.label, box.height * 1.1, "height"),
-            (ax._left_title, box.width * 1.05, "width"),
-        ):
-            _wrap(text, room, side)
-    figure.draw_without_rendering()
-    for ax in figure.axes:
-        _spare(ax.xaxis)
+    """Wrap what is longer than its axis and free tick labels that touch; since one changes the room of the other, twice."""
+    for _ in range(2):
+        figure.draw_without_rendering()
+        turned = [ax.xaxis for ax in figure.axes if _spare(ax.xaxis)]
+        if turned:  # what the words take, the plots get back
+            taken = max(label.get_window_extent().height for axis in turned for label in axis.get_ticklabels())
+            figure.set_figheight(
+                figure.get_figheight() + taken / figure.dpi - turned[0].get_ticklabels()[0].get_size() / 72
+            )
+        figure.draw_without_rendering()
+        for ax in figure.axes:
+            box = ax.get_window_extent()
+            _wrap(ax.xaxis.label, box.width * 1.15, "width")
+            _wrap(ax.yaxis.label, box.height, "height")
+            _wrap(ax._left_title, box.width * 1.05, "width")
 
 
 def _wrap(text, room: float, side: str) -> None:
-    words = text.get_text()
+    words = text.get_text().replace("\n", " ")
     if not words or (long := getattr(text.get_window_extent(), side)) <= room:
         return
     text.set_text(textwrap.fill(words, max(8, int(len(words) * room / long)), break_long_words=False))
 
 
-def _spare(axis) -> None:
-    """Where two tick labels below an axis would touch, turn them by 30 degrees (words) or keep every second (numbers)."""
+def _spare(axis) -> bool:
+    """Where two tick labels below an axis would touch, keep every second (numbers) or turn them (words: True)."""
+    if axis.get_tick_params().get("labelrotation"):
+        return False
     labels = [label for label in axis.get_ticklabels() if label.get_text()]
     boxes = [label.get_window_extent() for label in labels]
-    gap = 0.4 * boxes[0].height if boxes else 0
-    if not any(left.x1 + gap > right.x0 for left, right in pairwise(boxes)):
-        return
+    letter = labels[0].get_size() * axis.figure.dpi / 72 if labels else 0.0
+    if not any(left.x1 + 0.4 * letter > right.x0 for left, right in pairwise(boxes)):
+        return False
     locator = axis.get_major_locator()
     if isinstance(locator, FixedLocator) and all(_is_number(label.get_text()) for label in labels):
         axis.set_major_locator(FixedLocator(locator.locs[::-2][::-1]))  # the last one stays
-        return
-    axis.set_tick_params(labelrotation=30)
+        return False
+    apart = min(right.x1 + right.x0 - left.x1 - left.x0 for left, right in pairwise(boxes)) / 2
+    turn = 30 if apart > 2.4 * letter else 90
+    axis.set_tick_params(labelrotation=turn)
     for label in axis.get_ticklabels():
-        label.set(horizontalalignment="right", rotation_mode="anchor")
+        label.set(rotation_mode="anchor", horizontalalignment="right", verticalalignment="top" if turn < 90 else "center")
+    return True
 
 
 def _is_number(text: str) -> bool:

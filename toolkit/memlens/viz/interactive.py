@@ -49,14 +49,16 @@ def _draw(chart: Chart, limits, hv, tag: str, width: int):
     common = {"title": chart.title or "", "toolbar": None, "hooks": [style], "active_tools": []}
     if chart.grid is not None:
         across, down = _grid_ticks(chart.x, chart.grid.across, width // 60), _grid_ticks(chart.y, chart.grid.down, 10)
-        ticks = {"xticks": across, "yticks": down}
+        ticks = {"xticks": across, "yticks": down, **_rotation(across, width - 60)}
         return heatmap(hv, chart, dims, limits).opts(**common, **ticks)
     draw = {"lines": lines, "points": points, "bars": bars}[chart.panel.plot]
     elements = [*reference_lines(hv, chart, dims), *frontier_line(hv, chart, dims), *draw(hv, chart, dims)]
     names = len(chart.series) + len(chart.panel.reference or [])
     named = any(one.label for one in chart.series) and chart.panel.labels != "none"
     legend = {"show_legend": named, "legend_position": "top", "legend_cols": _legend_columns(chart, names)}
-    return hv.Overlay(elements).opts(**common, **_axis_options(chart), **legend, show_grid=True, padding=(0.03, 0.08))
+    axes = _axis_options(chart)
+    axes |= _rotation(axes.get("xticks"), width)
+    return hv.Overlay(elements).opts(**common, **axes, **legend, show_grid=True, padding=(0.03, 0.08))
 
 
 def _legend_columns(chart: Chart, names: int) -> int:
@@ -95,8 +97,16 @@ def _bar_top(chart: Chart) -> float | None:
 
 def _grid_ticks(axis: Axis, values, most: int) -> list:
     names = axis.categories or [short(value, 4) for value in values]
-    step = max(1, -(-len(names) // (most if axis.categories is None else 24)))
+    steps = (step * ten for ten in (1, 10, 100, 1000, 10_000) for step in (1, 2, 5))
+    least = len(names) / (most if axis.categories is None else 24)
+    step = next(step for step in steps if step >= least)
     return [(place, names[place]) for place in range(0, len(names), step)]
+
+
+def _rotation(ticks: list | None, width: int) -> dict:
+    """Words below an axis stand upright where they would touch side by side."""
+    words = [text for _, text in ticks or []]
+    return {"xrotation": 90} if sum(len(text) * 6 + 12 for text in words) > width - 90 else {}
 
 
 def _house_style(plot, element, *, meaning: str) -> None:

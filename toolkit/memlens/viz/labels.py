@@ -28,7 +28,8 @@ def name_series(figure, axes, groups: list[list[Chart]], columns: int) -> None:
     open_plots = []  # that still need a legend
     for ax, (chart, group) in zip(axes, parts):
         alone = len(parts) == 1 or chart.panel.labels == "direct"
-        if not name_lines(ax, chart, direct=alone, references=chart is group[-1]):
+        edge = chart is group[min(columns, len(group)) - 1]
+        if not name_lines(ax, chart, direct=alone, references=edge):
             open_plots.append((ax, chart))
     looks = {tuple((one.label, one.look) for one in chart.series) for _, chart in open_plots}
     if len(looks) == 1:

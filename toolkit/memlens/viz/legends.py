@@ -15,13 +15,19 @@ def legend_of_all(figure, ax, chart: Chart) -> None:
     where = "outside lower left" if figure.get_suptitle() else "outside upper left"
     columns = fit_columns(names, figure.get_figwidth())
     legend = figure.legend(handles, names, loc=where, ncols=columns, **_titled(chart))
+    high = figure.get_figheight()
+    figure.set_figheight(high + 0.025 * rcParams["font.size"] * len(names))  # room to lay it out, then what it takes
     figure.draw_without_rendering()
-    figure.set_figheight(figure.get_figheight() + legend.get_window_extent().height / figure.dpi)
+    figure.set_figheight(high + legend.get_window_extent().height / figure.dpi)
 
 
 def legends_above(figure, axes, plots: list[tuple], columns: int) -> None:
     """A legend between each plot and its title; the titles of a row stay level."""
     tallest: dict[int, float] = {}
+    high = figure.get_figheight()
+    figure.set_figheight(
+        high + 0.025 * rcParams["font.size"] * max(len(chart.series) for _, chart in plots) * len(axes) / columns
+    )
     for ax, chart in plots:
         row = axes.index(ax) // columns
         handles, names = ax.get_legend_handles_labels()
@@ -33,9 +39,9 @@ def legends_above(figure, axes, plots: list[tuple], columns: int) -> None:
         figure.draw_without_rendering()
         tallest[row] = max(tallest.get(row, 0.0), legend.get_window_extent().height / figure.dpi)
     for place, ax in enumerate(axes):
-        if high := tallest.get(place // columns):
-            ax.set_title(ax.get_title("left"), pad=high * 72 + rcParams["axes.titlepad"])
-    figure.set_figheight(figure.get_figheight() + sum(tallest.values()))
+        if tall := tallest.get(place // columns):
+            ax.set_title(ax.get_title("left"), pad=tall * 72 + rcParams["axes.titlepad"])
+    figure.set_figheight(high + sum(tallest.values()))
 
 
 def _titled(chart: Chart) -> dict:

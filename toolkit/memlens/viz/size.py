@@ -15,8 +15,9 @@ NARROWEST = 1.75  # inches of a plot with its labels, at 9 points
 def columns_of(spec: FigureSpec, count: int, width: float, font: float) -> int:
     """How many of `count` plots stand side by side in `width` inches with text of `font` points."""
     fit = max(1, int(width / (NARROWEST * font / 9)))
-    wanted = spec.columns or min(count, 4 if count in (4, 7, 8, 11, 12) or count > 12 else 3)
-    return max(1, min(wanted, count, fit))
+    most = min(spec.columns or (4 if count in (4, 7, 8) or count > 9 else 3), count, fit)
+    rows = -(-count // most)
+    return most if spec.columns else -(-count // rows)  # 4 plots where 3 fit stand 2 by 2
 
 
 def height_of(spec: FigureSpec, parts: list[Chart], columns: int, width: float, font: float) -> float:

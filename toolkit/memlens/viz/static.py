@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib import rcParams
 from matplotlib.container import BarContainer
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from memlens.viz.palette import MAP, MOST_MARKS, SWELL
 from memlens.viz.tidy import Axis, Chart, Series, frontier
@@ -136,8 +136,6 @@ def _grid_ticks(axis, described: Axis, values) -> None:
     else:
         axis.set_major_locator(MaxNLocator(8, integer=True))
     axis.set_major_formatter(FuncFormatter(lambda place, _: names[int(place)] if 0 <= place < len(names) else ""))
-    if described.categories and axis.axis_name == "x" and max(map(len, names)) > 3 and len(names) > 6:
-        axis.set_tick_params(labelrotation=90 if len(names) > 12 else 45)
 
 
 def _axes(ax, chart: Chart) -> None:
@@ -148,6 +146,10 @@ def _axes(ax, chart: Chart) -> None:
             getattr(ax, f"set_{which}scale")("log")
         if axis.limits:
             getattr(ax, f"set_{which}lim")(*axis.limits)
+        if axis.log:
+            _log_ticks(getattr(ax, f"{which}axis"), *getattr(ax, f"get_{which}lim")())
+        elif max(map(abs, getattr(ax, f"get_{which}lim")())) >= 1e5:
+            getattr(ax, f"{which}axis").set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         getattr(ax, f"set_{which}label")(axis.label)
         if axis.categories is not None:
             getattr(ax, f"{which}axis").set_major_locator(FixedLocator(range(len(axis.categories))))
@@ -162,6 +164,15 @@ def _axes(ax, chart: Chart) -> None:
 def _at(names: tuple[str, ...], place: float) -> str:
     index = round(place)
     return names[index] if abs(place - index) < 1e-6 and 0 <= index < len(names) else ""
+
+
+def _log_ticks(axis, low: float, high: float) -> None:
+    """Ticks at 1, 2, 5 over less than two decades, written as plain numbers where those are short."""
+    decades = np.log10(high / low)
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,), numticks=9))
+    axis.set_minor_formatter(NullFormatter())
+    if low >= 8e-4:
+        axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
 
 
 def _ticks_at_data(axis, series: tuple[Series, ...]) -> None:

@@ -1,0 +1,58 @@
+"""What a policy needs beside attention: the logits that the model makes anyway, from which each token's surprisal follows.
+
+A policy that `hears` evicts after the forward instead of after each layer: a token's surprisal is known only then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from memlens.kv.score import surprisal
+from memlens.kv.store import refuse
+
+if TYPE_CHECKING:
+    from memlens.kv.adapter import PolicyCache
+
+__all__ = ["listening"]
+
+
+@contextmanager
+def listening(cache: PolicyCache, model: Any) -> Iterator[None]:
+    """Tell the cache the surprisal of the tokens of every forward of the model while this lasts.
+
+    The model is made to compute the logits of all the tokens; it returns those that the caller asked for.
+
+    Raises (in the forward):
+        RuntimeError: a forward without input_ids, or one that returns a tuple.
+    """
+    wanted = []
+
+    def before(module, args, kwargs):
+        wanted.append(kwargs.get("logits_to_keep", 0))
+        if not isinstance(wanted[-1], int) or _ids(args, kwargs) is None or kwargs.get("return_dict") is False:
+            refuse(
+                "a forward whose tokens or logits cannot be heard", "pass input_ids, an int logits_to_keep, no return_dict"
+            )
+        return args, kwargs | {"logits_to_keep": 0}
+
+    def after(module, args, kwargs, output):
+        ids, keep = _ids(args, kwargs), wanted[-1]
+        cache.hear(surprisal(output.logits, ids, cache.last_logits), output.logits[:, -1])
+        output.logits = output.logits[:, -keep:].clone() if keep else output.logits
+        return output
+
+    hooks = [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(after, with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _ids(args: tuple, kwargs: dict):
+    return args[0] if args else kwargs.get("input_ids")
