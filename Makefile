@@ -8,6 +8,8 @@ PAPER ?=
 FAMILY ?=
 JOBS ?= 2
 export TRITON_DEFAULT_FP_FUSION = 1
+# parallel runs share the cores: a thread that waits should sleep, not spin
+export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: help setup model reproduce lab figures bench kernels bundle workshop store test lint unit interpreter report-kernels nbval check-notebooks browser clean
 

@@ -6,9 +6,7 @@
     d_states  the gradient of S after each chunk, in reverse; completes that of what was written
     grads     those of q, k, w and the share of the decays that passes through S
 
-u and w of the delta rule are solved for by the caller; decays, per head or per key channel, are float32. No exponent is positive and
-no decay is a difference of running sums: per channel, the pairs of a chunk are split by the level at which a later and an
-earlier block of `size` rows meet, and each side is decayed up to the border between them.
+u and w of the delta rule are solved for by the caller; decays, per head or per key channel, are float32.
 
 Shapes: q, k (B, H|Hq|Hk, T, K), u (B, H|Hu, T, V), w (B, H, T, K), g (B, H, T[, K]), states (B, H, chunks + 1, K, V), all
 contiguous; head h reads head h // group. Sources: arXiv:2006.16236, arXiv:2312.06635, section 4, arXiv:2406.06484, section 3.
@@ -23,132 +21,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from memlens_kernels.chunk_parts import decays, load, pairs, pairs_backward, product, shared, store
 from memlens_kernels.tile import Tile
 
 __all__ = ["MAX_KEY", "Plan", "linear_backward", "linear_forward", "plan", "tiles"]
 
 MAX_KEY = 128
 LENGTHS = ["heads", "q_group", "k_group", "u_group", "length", "chunks"]  # not specialised: one binary serves every length
-
-
-@triton.jit
-def load(pointer, row, column, rows, columns: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A (ROWS, COLUMNS) tile of a contiguous (rows, columns) matrix, zero outside it."""
-    i, j = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
-    at = pointer + tl.cast(row, tl.int64) * columns + column + (i * columns + j)
-    if columns % COLUMNS == 0:
-        return tl.load(at, mask=i < rows - row, other=0.0)
-    else:
-        return tl.load(at, mask=(i < rows - row) & (j < columns - column), other=0.0)
-
-
-@triton.jit
-def store(pointer, value, row, column, rows, columns: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    i, j = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
-    at = pointer + tl.cast(row, tl.int64) * columns + column + (i * columns + j)
-    tl.store(at, value.to(pointer.dtype.element_ty), mask=(i < rows - row) & (j < columns - column))
-
-
-@triton.jit
-def product(a, b, LOW: tl.constexpr):
-    """a b accumulated in float32; LOW is the type of the operands."""
-    if LOW == tl.float32:
-        return tl.dot(a, b, input_precision="ieee")
-    return tl.dot(a.to(LOW), b.to(LOW))
-
-
-@triton.jit
-def decays(g, row, length, KEY: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr):
-    """Shares kept from the chunk's start up to and with each row, after each row to its end, and over all of it."""
-    i = tl.arange(0, C)
-    if DECAY == 1:
-        at = g + tl.cast(row, tl.int64) + i
-        here = tl.load(at, mask=i < length - row, other=0.0)
-        later = tl.load(at + 1, mask=(i < C - 1) & (i + 1 < length - row), other=0.0)
-        start, end = tl.cumsum(here, 0), tl.cumsum(later, 0, reverse=True)
-        return tl.exp(start)[:, None], tl.exp(end)[:, None], tl.exp(tl.sum(here, 0))
-    else:
-        here = load(g, row, 0, length, KEY, C, BK)
-        later = tl.where(i[:, None] < C - 1, load(g, row + 1, 0, length, KEY, C, BK), 0.0)
-        start, end = tl.cumsum(here, 0), tl.cumsum(later, 0, reverse=True)
-        return tl.exp(start), tl.exp(end), tl.exp(tl.sum(here, 0))[:, None]
-
-
-@triton.jit
-def between(g, row, length, C: tl.constexpr):
-    """Share kept from row j to row i, (C, C), per head; what it holds above the diagonal is not used."""
-    i = tl.arange(0, C)
-    here = tl.load(g + tl.cast(row, tl.int64) + i, mask=i < length - row, other=0.0)
-    return tl.exp(tl.cumsum(tl.where(i[:, None] > i[None, :], here[:, None], 0.0), 0))
-
-
-@triton.jit
-def border(g, row, length, KEY: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr):
-    """Per channel, shares kept between each row and the border of two blocks of SIZE: (later rows, earlier rows), else 0."""
-    i = tl.arange(0, C)[:, None]
-    later = (i // SIZE) % 2 == 1
-    here = load(g, row, 0, length, KEY, C, BK)
-    after = tl.where(i % SIZE < SIZE - 1, load(g, row + 1, 0, length, KEY, C, BK), 0.0)
-    up = tl.reshape(tl.cumsum(tl.reshape(here, (C // SIZE, SIZE, BK)), 1), (C, BK))
-    down = tl.reshape(tl.cumsum(tl.reshape(after, (C // SIZE, SIZE, BK)), 1, reverse=True), (C, BK))
-    return tl.where(later, tl.exp(up), 0.0), tl.where(later, 0.0, tl.exp(down))
-
-
-@triton.jit
-def meets(C: tl.constexpr, SIZE: tl.constexpr):
-    """The pairs of rows whose blocks of SIZE are the two halves of one block, (C, C)."""
-    i = tl.arange(0, C)
-    return (i // (2 * SIZE))[:, None] == (i // (2 * SIZE))[None, :]
-
-
-@triton.jit
-def pairs(
-    q_tile, k_tile, g, row, length, KEY: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-    DECAY: tl.constexpr, LOW: tl.constexpr,
-):  # fmt: skip
-    """q_i·k_j, decayed from j to i, for j <= i, else 0."""
-    i = tl.arange(0, C)
-    if DECAY == 2:
-        scores = tl.where(i[:, None] == i[None, :], tl.sum(q_tile.to(tl.float32) * k_tile, 1)[:, None], 0.0)
-        for level in tl.static_range(LEVELS):
-            late, early = border(g, row, length, KEY, BK, C, 2**level)
-            met = product(q_tile * late, tl.trans(k_tile * early), LOW)
-            scores += tl.where(meets(C, 2**level), met, 0.0)
-        return scores
-    else:
-        scores = product(q_tile, tl.trans(k_tile), LOW)
-        if DECAY == 1:
-            scores *= between(g, row, length, C)
-        return tl.where(i[:, None] >= i[None, :], scores, 0.0)
-
-
-@triton.jit
-def pairs_backward(
-    d_scores, q_tile, k_tile, g, row, length, KEY: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-    DECAY: tl.constexpr, LOW: tl.constexpr,
-):  # fmt: skip
-    """The gradients of q and k through `pairs`."""
-    i = tl.arange(0, C)
-    d_scores = tl.where(i[:, None] >= i[None, :], d_scores, 0.0)
-    if DECAY == 2:
-        own = tl.sum(tl.where(i[:, None] == i[None, :], d_scores, 0.0), 1)[:, None]
-        dq, dk = own * k_tile, own * q_tile
-        for level in tl.static_range(LEVELS):
-            late, early = border(g, row, length, KEY, BK, C, 2**level)
-            met = tl.where(meets(C, 2**level), d_scores, 0.0)
-            dq += late * product(met, k_tile * early, LOW)
-            dk += early * product(tl.trans(met), q_tile * late, LOW)
-        return dq, dk
-    else:
-        if DECAY == 1:
-            d_scores *= between(g, row, length, C)
-        return product(d_scores, k_tile, LOW), product(tl.trans(d_scores), q_tile, LOW)
-
-
-@triton.jit
-def shared(pointer, head, heads, group, size):
-    """`pointer` moved to the matrix of `size` numbers that this head reads; heads in one group read one matrix."""
-    return pointer + (head // heads * (heads // group) + head % heads // group) * size
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -172,7 +51,7 @@ def states_kernel(
             u_tile = u_tile.to(tl.float32) - product(w_tile, S, LOW)
             store(writes + head * size * VALUE, u_tile, row, column, length, VALUE, C, BV)
         if DECAY > 0:
-            start, end, kept = decays(g, row, length, KEY, BK, C, DECAY)
+            _, end, kept = decays(g, row, length, KEY, BK, C, DECAY)
             S = S * kept + product(tl.trans(k_tile * end), u_tile, LOW)
         else:
             S += product(tl.trans(k_tile), u_tile, LOW)
@@ -196,7 +75,7 @@ def read_kernel(
     scores = pairs(q_tile, k_tile, g, row, length, KEY, BK, C, LEVELS, DECAY, LOW)
     read = product(scores, load(u, row, column, length, VALUE, C, BV), LOW)
     if DECAY > 0:
-        start, end, kept = decays(g, row, length, KEY, BK, C, DECAY)
+        start, _, _ = decays(g, row, length, KEY, BK, C, DECAY)
         q_tile = q_tile * start
     S = load(states + (head * (chunks + 1) + chunk) * KEY * VALUE, 0, column, KEY, VALUE, BK, BV)
     read += product(q_tile, S, LOW)
@@ -287,7 +166,7 @@ def grads_kernel(
         if DECAY > 0:
             passed += tl.sum(load(states + KEY * VALUE, 0, column, KEY, VALUE, BK, BV) * dS, 1)
     if DECAY > 0:
-        start, end, kept = decays(g, row, length, KEY, BK, C, DECAY)
+        start, end, _ = decays(g, row, length, KEY, BK, C, DECAY)
         d_q, d_k = d_q * start, d_k * end
         channels = tl.arange(0, BK)
         tl.store(dkept + (head * chunks + chunk) * KEY + channels, passed, mask=channels < KEY)
@@ -318,6 +197,11 @@ def plan(key_dim: int, value_dim: int, *, channel: bool, dtype: torch.dtype, chu
     return Plan(max(16, min(chunk, 16 if small else 32)), 16 if value_dim <= 16 or small else 32, 4)
 
 
+def grads_block(p: Plan, *, delta: bool) -> int:
+    """Value columns that the grads kernel takes at once: the gradient of w leaves room for 16."""
+    return 16 if delta else p.value_block
+
+
 def _constants(q: Tensor, u: Tensor, g: Tensor | None, p: Plan) -> dict:
     key = q.shape[-1]
     return {
@@ -331,7 +215,16 @@ LEVELS = {16: 4, 32: 5}
 
 
 def linear_forward(
-    q: Tensor, k: Tensor, u: Tensor, w: Tensor | None, g: Tensor | None, first: Tensor, *, scale: float, p: Plan, dtype: torch.dtype
+    q: Tensor,
+    k: Tensor,
+    u: Tensor,
+    w: Tensor | None,
+    g: Tensor | None,
+    first: Tensor,
+    *,
+    scale: float,
+    p: Plan,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out (B, H, T, V) in `dtype`, what was written (B, H, T, V; u itself without w), states (B, H, chunks + 1, K, V) float32.
 
@@ -343,7 +236,13 @@ def linear_forward(
     chunks, blocks = triton.cdiv(length, p.chunk), triton.cdiv(value, p.value_block)
     same = _constants(q, u, g, p)
     g = first if g is None else g  # a pointer that DECAY = 0 never reads
-    sizes = {"heads": heads, "k_group": heads // k.shape[1], "u_group": heads // u.shape[1], "length": length, "chunks": chunks}
+    sizes = {
+        "heads": heads,
+        "k_group": heads // k.shape[1],
+        "u_group": heads // u.shape[1],
+        "length": length,
+        "chunks": chunks,
+    }
     states = first.new_empty(batch, heads, chunks + 1, key, value)
     states[:, :, 0] = first
     writes = u if w is None else u.new_empty(u.shape)
@@ -378,9 +277,12 @@ def linear_backward(q, k, writes, w, g, states, dout, dlast, *, scale: float, p:
     d_states[:, :, -1] = dlast
     du = states.new_empty(batch, heads, length, value)
     written_kernel[(chunks, batch * heads, blocks)](q, k, g, dout, du, **sizes, **same, LEVELS=levels)
-    d_states_kernel[(batch * heads, blocks)](q, k, w, g, dout, du, d_states, chunks=chunks, **sizes, **same, DELTA=w is not None)
+    d_states_kernel[(batch * heads, blocks)](
+        q, k, w, g, dout, du, d_states, chunks=chunks, **sizes, **same, DELTA=w is not None
+    )
     dq, dk = (states.new_empty(batch, heads, length, key) for _ in range(2))
     dw = None if w is None else states.new_empty(dq.shape)
+    same["BV"] = grads_block(p, delta=w is not None)
     grads_kernel[(chunks, batch * heads)](
         q, k, writes, g, states, dout, du, d_states, dq, dk, dw, kept, u_group=heads // writes.shape[1], chunks=chunks,
         **sizes, **same, LEVELS=levels, DELTA=w is not None,
@@ -413,12 +315,15 @@ def tiles() -> list[Tile]:
         for decay, delta in ((0, False), (1, False), (2, False), (0, True), (1, True), (2, True)):
             if delta and dtype != "bf16":
                 continue  # the rule adds a product to each kernel; one dtype shows its cost
-            made += [_tile(name, dtype, dim, decay, delta) for name in KERNELS if not (delta and name in ("read", "written"))]
+            made += [
+                _tile(name, dtype, dim, decay, delta) for name in KERNELS if not (delta and name in ("read", "written"))
+            ]
     return made
 
 
 def _tile(name: str, dtype: str, dim: int, decay: int, delta: bool) -> Tile:
     kernel, p = KERNELS[name], plan(dim, dim, channel=decay == 2, dtype=DTYPES[dtype])
+    p = p._replace(value_block=grads_block(p, delta=delta)) if name == "grads" else p
     given = {
         "KEY": dim, "VALUE": dim, "BK": dim, "BV": p.value_block, "C": p.chunk, "LEVELS": LEVELS[p.chunk], "DECAY": decay,
         "DELTA": delta, "LOW": LOW[DTYPES[dtype]],
@@ -426,9 +331,13 @@ def _tile(name: str, dtype: str, dim: int, decay: int, delta: bool) -> Tile:
     constants = {key: value for key, value in given.items() if key in kernel.arg_names}
     signature = {key: "constexpr" if key in constants else kind(key, dtype, delta=delta) for key in kernel.arg_names}
     words = ("", "decay per head", "decay per channel")[decay]
-    label = " ".join(filter(None, (dtype, f"K{dim} V{dim} chunk {p.chunk} block {p.value_block}", words, "delta" if delta else "")))
+    label = " ".join(
+        filter(None, (dtype, f"K{dim} V{dim} chunk {p.chunk} block {p.value_block}", words, "delta" if delta else ""))
+    )
     at = AT if name in ("states", "d_states") else f"one chunk of {p.chunk}"
-    return Tile(kernel, label, signature, constants, p.warps, 2, *_cost(name, dim, p, 4 if dtype == "fp32" else 2, decay, delta), at)
+    return Tile(
+        kernel, label, signature, constants, p.warps, 2, *_cost(name, dim, p, 4 if dtype == "fp32" else 2, decay, delta), at
+    )
 
 
 def _cost(name: str, dim: int, p: Plan, width: int, decay: int, delta: bool) -> tuple[int, int]:
@@ -443,7 +352,10 @@ def _cost(name: str, dim: int, p: Plan, width: int, decay: int, delta: bool) -> 
         "states": (chunks * wide * (1 + delta), chunks * (rows + state + 4 * c * (dim + v) * delta)),
         "read": (met + wide + 2 * c * c * v, rows + c * dim * width + state + 4 * c * v),
         "written": (met + 2 * c * c * v, rows + c * dim * width + 4 * c * v),
-        "d_states": (chunks * wide * (2 + delta), chunks * (rows + c * dim * width + state + 8 * c * v + 4 * c * dim * delta)),
+        "d_states": (
+            chunks * wide * (2 + delta),
+            chunks * (rows + c * dim * width + state + 8 * c * v + 4 * c * dim * delta),
+        ),
         "grads": (
             2 * met + (dim // v) * (wide * (2 + delta) + 2 * c * c * v),
             2 * c * dim * width + gates + (dim // v) * (2 * state + 2 * c * v * width) + 8 * c * dim,

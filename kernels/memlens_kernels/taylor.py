@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memlens_kernels.linear import AT, DTYPES, LENGTH, LOW, kind, load, product, shared, store
+from memlens_kernels.chunk_parts import load, product, shared, store
+from memlens_kernels.linear import AT, DTYPES, LENGTH, LOW, kind
 from memlens_kernels.tile import Tile
 
 __all__ = ["FEATURES", "ROWS", "taylor_forward", "tiles"]

@@ -85,7 +85,13 @@ def test_the_taylor_kernel_gives_the_reference(length, dim, generator, close):
         return torch.randn(*shape, generator=generator)
 
     before = taylor_attention(draw(1, 4, 3, dim), draw(1, 4, 3, dim), draw(1, 4, 3, 18))[1]
-    leaves = {"q": draw(1, 4, length, dim), "k": draw(1, 2, length, dim), "v": draw(1, 2, length, 18), "S": before.S, "z": before.z}
+    leaves = {
+        "q": draw(1, 4, length, dim),
+        "k": draw(1, 2, length, dim),
+        "v": draw(1, 2, length, 18),
+        "S": before.S,
+        "z": before.z,
+    }
     leaves = {name: x.requires_grad_() for name, x in leaves.items()}
     want, got = (results(from_state, leaves, {}, form=form) for form in ("reference", "triton"))
     close(got, want, rtol=1e-4, atol=5e-5)

@@ -1,5 +1,7 @@
 """Scissorhands, Keyformer and SirLLM: what is particular to each score, by hand and in the limit."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from kv_presets import generator, prompt, tiny
@@ -134,7 +136,7 @@ def test_compression_is_rare_and_large():
         assert all(set(range(max(0, i - 2), i + 1)) <= set(head.tolist()) for head in cache.positions(1)[0])
     assert sizes[:12] == list(range(1, 13))
     assert set(sizes[12:]) == set(range(budget - many + 1, budget + 1))
-    assert sum(b < a for a, b in zip(sizes, sizes[1:], strict=False)) == 5  # at 13, 19, 25, 31, 37
+    assert sum(b < a for a, b in pairwise(sizes)) == 5  # at 13, 19, 25, 31, 37
     assert prefill(model, prompt(40), scissorhands(budget, recent=3)).cache.held == [budget - many + 1] * 3
 
 
@@ -150,13 +152,12 @@ def test_with_one_row_to_look_at_the_dropped_token_is_below_uniform():
 
 def test_scissorhands_with_four_bit_storage_multiplies_the_savings():
     model, ids = tiny(), prompt(60)
-    full, small = (prefill(model, ids, scissorhands(n, recent=4, drop=0.0).stored(kivi(16 if n > 60 else 4, group=8, residual=8)))
-                   for n in (61, 24))  # fmt: skip
-    parts = small.cache.nbytes()
-    assert small.cache.held == [24] * 3
-    assert parts["payload"] + parts["scales"] + parts["residual"] < 0.4 * sum(
-        full.cache.nbytes()[x] for x in ("payload", "residual")
-    )
+    arms = ((61, 16), (24, 4))  # tokens, bits
+    policies = [scissorhands(n, recent=4, drop=0.0).stored(kivi(bits, group=8, residual=8)) for n, bits in arms]
+    full, small = (prefill(model, ids, policy).cache for policy in policies)
+    assert small.held == [24] * 3
+    sizes = [sum(cache.nbytes()[part] for part in ("payload", "scales", "residual")) for cache in (full, small)]
+    assert sizes[1] < 0.4 * sizes[0]
 
 
 def test_persistence_by_hand():
@@ -225,12 +226,12 @@ def test_the_caller_gets_the_logits_that_were_asked_for(llama, close):
     for policy in (sirllm(start=2, entropy=30), h2o(16, 16)):
         logits, cache, _ = prefill(llama, ids, policy)
         more = continue_with(llama, cache, prompt(5), keep=2)
-        assert logits.shape == (1, 61) and more.shape == (1, 2, 61)
+        assert (logits.shape, more.shape) == ((1, 61), (1, 2, 61))
         if policy.hears:
             kept = logits, more
     close(kept[0], logits)
     close(kept[1], more)
-    assert not llama._forward_hooks and not llama._forward_pre_hooks
+    assert not {**llama._forward_hooks, **llama._forward_pre_hooks}
     assert stream_eval(llama, ids, sirllm(start=2, entropy=4), chunk=5, start=7).shape == (1, 5, 61)
 
 

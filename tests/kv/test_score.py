@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memlens.kv import score
 from memlens.kv.score import column_mass, group_heads, hit_rate, retained_mass, smooth, surprisal
@@ -81,23 +82,24 @@ def test_the_forward_pass_own_lse_gives_the_same(generator, close):
     close(column_mass(q, k, lse=lse), column_mass(q, k))
 
 
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returned."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.size = max(self.size, x.numel())
+        return out
+
+
 def test_extra_memory_is_linear_in_length(generator):
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        size = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(x, torch.Tensor):
-                    Largest.size = max(Largest.size, x.numel())
-            return out
-
     q, k = inputs(generator, 1, 4, 2, 1024, 1024, 8)
-    with Largest():
+    with Largest() as largest:
         column_mass(q, k, form="torch")
-    assert Largest.size <= score.TILE < q.shape[1] * 1024 * 1024 / 4
+    assert largest.size <= score.TILE < q.shape[1] * 1024 * 1024 / 4
 
 
 def test_a_row_of_equal_weights_is_on_neither_side_of_its_share():

@@ -16,25 +16,34 @@ VARIANTS = {  # rule, decay ("", "head", "channel"), normalize
 }
 
 
-def inputs(variant, length, *, generator, batch=2, heads=4, kv_heads=2, key_dim=12, value_dim=10, dtype=torch.float32, strong=False):
+def inputs(
+    variant, length, *, generator, batch=2, heads=4, kv_heads=2, key_dim=12, value_dim=10, dtype=torch.float32, strong=False
+):
     """(tensors, options): leaves by name, S and z included, and the keyword options of `linear_attention`."""
     rule, decay, normalize = VARIANTS[variant]
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    q, k, v = draw(batch, heads, length, key_dim), draw(batch, kv_heads, length, key_dim), draw(batch, kv_heads, length, value_dim)
+    q, k, v = (
+        draw(batch, heads, length, key_dim),
+        draw(batch, kv_heads, length, key_dim),
+        draw(batch, kv_heads, length, value_dim),
+    )
     leaves = {"q": q, "k": F.normalize(k, dim=-1), "v": v, "S": draw(batch, heads, key_dim, value_dim)}
     if normalize:  # positive weights, so that the quotient is tame
         leaves.update(q=q.exp(), k=leaves["k"].exp(), z=draw(batch, heads, key_dim).exp())
     if decay:
         shape = (batch, heads, length) if decay == "head" else (batch, heads, length, key_dim)
-        leaves["log_decay"] = -(torch.rand(shape, generator=generator, dtype=torch.float64) * (60 if strong else 1)) ** (3 if strong else 1)
+        leaves["log_decay"] = -(
+            (torch.rand(shape, generator=generator, dtype=torch.float64) * (60 if strong else 1)) ** (3 if strong else 1)
+        )
     if rule == "delta":
         leaves["beta"] = torch.rand(batch, heads, length, generator=generator, dtype=torch.float64)
     wide = {"S", "z", "log_decay", "beta"}
     leaves = {
-        name: x.to(torch.promote_types(dtype, torch.float32) if name in wide else dtype).requires_grad_() for name, x in leaves.items()
+        name: x.to(torch.promote_types(dtype, torch.float32) if name in wide else dtype).requires_grad_()
+        for name, x in leaves.items()
     }
     return leaves, {"rule": rule, "normalize": normalize, "scale": 0.5}
 

@@ -57,7 +57,10 @@ def test_features_refuse_what_has_no_root():
 
 def leaves_of(length, dim, generator, *, dtype=torch.float32):
     heads, kv_heads, value = 4, 2, 10
-    leaves = {"q": draw(2, heads, length, dim, generator=generator), "k": draw(2, kv_heads, length, dim, generator=generator)}
+    leaves = {
+        "q": draw(2, heads, length, dim, generator=generator),
+        "k": draw(2, kv_heads, length, dim, generator=generator),
+    }
     leaves["v"] = draw(2, kv_heads, length, value, generator=generator)
     before = linear_attention(*(taylor_features(draw(2, heads, 3, dim, generator=generator)) for _ in "qk"),
                               draw(2, heads, 3, value, generator=generator), normalize=True)[1]  # fmt: skip
@@ -74,7 +77,12 @@ def by_features(q, k, v, *, state, form=None):
 def test_every_form_is_features_and_linear_attention(form, length, dim, generator, close):
     leaves = leaves_of(length, dim, generator)
     want = results(by_features, leaves, {})
-    close(results(taylor_attention, leaves, {}, form=form, **({"chunk": 32} if form == "torch" else {})), want, rtol=1e-4, atol=5e-5)
+    close(
+        results(taylor_attention, leaves, {}, form=form, **({"chunk": 32} if form == "torch" else {})),
+        want,
+        rtol=1e-4,
+        atol=5e-5,
+    )
 
 
 def test_without_a_state_it_is_the_masked_quotient(generator, close):

@@ -5,7 +5,13 @@ import torch
 from memory_cases import VARIANTS, call, inputs, results
 
 from memlens.memory.linear import (
-    AffineState, LinearState, affine_of, compose, linear_attention, linear_attention_step, state_of,
+    AffineState,
+    LinearState,
+    affine_of,
+    compose,
+    linear_attention,
+    linear_attention_step,
+    state_of,
 )  # fmt: skip
 
 
@@ -47,7 +53,10 @@ def test_chunks_give_the_reference_forward_and_backward(variant, length, generat
 @pytest.mark.parametrize("variant", ["channel", "gated delta"])
 def test_the_chunk_changes_nothing(variant, chunk, generator, close):
     leaves, options = inputs(variant, 37, generator=generator, dtype=torch.float64)
-    close(call(linear_attention, leaves, options, chunk=chunk)[0], call(linear_attention, leaves, options, form="reference")[0])
+    close(
+        call(linear_attention, leaves, options, chunk=chunk)[0],
+        call(linear_attention, leaves, options, form="reference")[0],
+    )
 
 
 @pytest.mark.parametrize("variant", ["decay", "channel", "gated delta", "channel delta"])
@@ -102,7 +111,8 @@ def test_a_masked_token_was_never_there(variant, form, generator, close):
     leaves, options = inputs(variant, 40, generator=generator)
     mask = torch.rand(1, 40, generator=generator) > 0.4
     dirty = {
-        name: x.detach().clone().masked_fill(~mask[:, None, :, None], torch.nan) if name in "qkv" else x for name, x in leaves.items()
+        name: x.detach().clone().masked_fill(~mask[:, None, :, None], torch.nan) if name in "qkv" else x
+        for name, x in leaves.items()
     }
     got, state = call(linear_attention, dirty, options, form=form, mask=mask.expand(2, -1), chunk=16)
     kept = {name: x if name in ("S", "z") else x[:, :, mask[0]] for name, x in leaves.items()}

@@ -53,7 +53,8 @@ def scan_inputs(length, generator, groups=2):
         "x": draw(2, length, 6, generator=generator), "dt": draw(2, length, 6, generator=generator),
         "A": -draw(6, 4, generator=generator).abs() - 0.1, "Bm": draw(2, length, groups, 4, generator=generator),
         "Cm": draw(2, length, groups, 4, generator=generator), "D": draw(6, generator=generator),
-        "z": draw(2, length, 6, generator=generator), "dt_bias": draw(6, generator=generator), "state": draw(2, 6, 4, generator=generator),
+        "z": draw(2, length, 6, generator=generator), "dt_bias": draw(6, generator=generator),
+        "state": draw(2, 6, 4, generator=generator),
     }  # fmt: skip
     return {name: x.requires_grad_() for name, x in leaves.items()}
 

@@ -51,7 +51,13 @@ def test_batches_take_the_pairs_in_turn(generator):
 
 
 @pytest.mark.parametrize(
-    "change, message", [({"pairs": 0}, "pairs=0"), ({"length": 31}, "length=31"), ({"vocab": 19}, "vocab=19"), ({"gap_power": 0}, "gap_power")]
+    "change, message",
+    [
+        ({"pairs": 0}, "pairs=0"),
+        ({"length": 31}, "length=31"),
+        ({"vocab": 19}, "vocab=19"),
+        ({"gap_power": 0}, "gap_power"),
+    ],
 )
 def test_what_does_not_fit_is_refused(change, message, generator):
     with pytest.raises(ValueError, match=message):

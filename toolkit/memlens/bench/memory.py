@@ -81,7 +81,8 @@ def cases() -> list[Case]:
     beta = torch.rand(1, 8, 1024, generator=generator)
     size, found = f"1x8x1024x{DIM}", []
     for name, options in {
-        "plain": {}, "decay per head": {"log_decay": decay}, "decay per channel": {"log_decay": decay[..., None].expand(-1, -1, -1, DIM)},
+        "plain": {}, "decay per head": {"log_decay": decay},
+        "decay per channel": {"log_decay": decay[..., None].expand(-1, -1, -1, DIM)},
         "gated delta": {"log_decay": decay, "beta": beta, "rule": "delta"},
     }.items():  # fmt: skip
         run = partial(linear_attention, q, k, v, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -55,7 +56,9 @@ def run(book: NotebookNode, folder: Path, *, timeout: int = TIMEOUT, allow_error
     start, error = time.perf_counter(), ""
     try:
         # the kernel's own notices (its transport, its shutdown) go nowhere; what cells print is captured in their outputs
-        asyncio.run(client.async_execute(stderr=subprocess.DEVNULL))
+        # OMP_WAIT_POLICY: notebooks share the cores, so a thread that waits should sleep, not spin
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+        asyncio.run(client.async_execute(stderr=subprocess.DEVNULL, env=environment))
     except CellExecutionError as failure:
         error = f"{failure.ename}: {failure.evalue}".splitlines()[0]
     except CellTimeoutError:

@@ -100,7 +100,7 @@ class PolicyCache(Cache):
     def under(self, policy: Policy, queries: list[Tensor]) -> PolicyCache:
         """A cache that shows these queries (per layer, (B, H, held, D)) to another policy and lets it evict once."""
         if policy.hears:
-            check.fail("compress", f"{policy.name}, which needs the logits", "a policy that scores by attention", "use prefill")
+            check.fail("compress", f"{policy.name}, which needs the logits", "a score from attention alone", "use prefill")
         twin = self.fork(hold_until=0)
         twin._policy, twin.state = policy, policy.init(layers=len(self.layers))
         pad = (self.positions(0)[:, 0] < 0).sum(-1)
@@ -172,7 +172,7 @@ class PolicyCache(Cache):
         return out
 
     def hear(self, surprise: Tensor, last_logits: Tensor) -> None:
-        """After a forward: the surprisal (B, n) of its tokens, and the newest token's logits (B, V). Then every layer evicts."""
+        """After a forward: its tokens' surprisal (B, n), and the logits after the newest (B, V). Then all layers evict."""
         self.state, self.last_logits = self._policy.hear(self.state, surprise), last_logits.clone()
         for index in range(len(self.layers) if self.layers[0].seen >= self.hold_until else 0):
             self.evict(index)

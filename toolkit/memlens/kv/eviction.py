@@ -1,4 +1,4 @@
-"""Scores that differ from H2O's sum in one step each: a count of unimportant rows, a noisy softmax, the token's own surprise.
+"""Scores that differ from H2O's sum in one step each: a count of idle rows, a noisy softmax, the token's own surprise.
 
 Each is a step (state of a layer, block) -> state of the layer, as `memlens.kv.policies` runs them; the presets are there.
 
@@ -68,12 +68,13 @@ def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def noisy(
-    state: LayerState, block: Block, *, generator: torch.Generator, noise: float, tau_init: float, tau_delta: float, group: str
+    state: LayerState, block: Block, *, generator: torch.Generator, noise: float, tau_init: float, tau_delta: float,
+    group: str,
 ) -> LayerState:  # fmt: skip
-    """A token is worth the sum of softmax((s + noise · zeta) / tau) over the rows since it came, zeta fresh for each row and head.
+    """A token is worth the sum of softmax((s + noise · zeta) / tau) over the rows since it came.
 
-    Rows of the first forward have tau_init, the t-th row after it tau_init + t · tau_delta. The noise is drawn for a block of
-    rows at a time: extra memory is linear in L.
+    zeta is drawn afresh for each row and head. Rows of the first forward have tau_init, the t-th row after it tau_init +
+    t · tau_delta. The noise is drawn for a block of rows at a time: extra memory is linear in L.
     """
     (batch, heads, rows), length, step = block.q.shape[:3], block.k.shape[2], state.stream.step
     prompt = rows if state.memory is None else state.memory
@@ -106,7 +107,7 @@ def unexpected(state: LayerState, block: Block, *, decay: float) -> LayerState:
 
 
 def hear(state: LayerState, surprise: Tensor) -> LayerState:
-    """The state once the surprisal (B, n) of the n newest tokens is known: one number for all heads, +inf for the first token."""
+    """The state once the surprisal (B, n) of the n newest tokens is known, one for all heads; +inf for the first token."""
     held, count = state.stream, surprise.shape[1]
     score = held.score.clone()
     score[..., -count:] = surprise[:, None]

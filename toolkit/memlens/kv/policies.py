@@ -143,7 +143,6 @@ class Policy(NamedTuple):
         once = self.when == "prompt"
         return _put(state, layer, LayerState(kept, None if once else now.memory, once))
 
-
     def hear(self, state: tuple, surprise: Tensor) -> tuple:
         """The state once the surprisal (B, n) of the n newest tokens is known, for a policy that `hears`."""
         return tuple(eviction.hear(entry, surprise) for entry in state)
@@ -283,7 +282,7 @@ def snapkv(capacity: int, *, window: int = 32, kernel: int = 7, pool: str = "max
 
 
 def scissorhands(budget: int, *, window: int = 400, recent: int = 10, drop: float = 0.5) -> Policy:
-    """Scissorhands: when the budget is full, the tokens most often below uniform attention in the last rows go, many at once.
+    """Scissorhands: when the budget is full, the tokens most often below uniform attention of late go, many at once.
 
     A cache that overflows shrinks to budget + 1 - m tokens, m = drop · budget, so that one step in m compresses.
 
@@ -315,8 +314,8 @@ def keyformer(
         budget: tokens per (layer, kv head); the paper takes 0.5 to 0.6 of the prompt (`kv.budget.tokens`).
         generator: of the noise.
         recent: share of the budget for the newest tokens.
-        tau_init, tau_delta: temperature in the first forward, and its rise with each row after it. The paper goes from 1 to 2
-            over the tokens it generates.
+        tau_init, tau_delta: temperature in the first forward, and its rise with each row after it. The paper goes from 1
+            to 2 over the tokens it generates.
         noise: times the Gumbel draw; 0 is none, and with tau_delta = 0 then H2O.
         group: how the query heads of a kv head share one score: "mean" or "sum".
     Raises:

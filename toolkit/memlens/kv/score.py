@@ -85,8 +85,8 @@ def gumbel_mass(
 ) -> Tensor:  # fmt: skip
     """The column sums of softmax((s + noise) / tau), s = scale · q·k: (B, Hkv, L) float32, higher = more.
 
-    With Gumbel(0, 1) noise a row is a softened draw of one key with probability P_ij: as tau -> 0 the mean over draws tends to
-    P, at tau = 1 it is flatter. A large tau gives every visible key the same. Zero noise and tau = 1 is `column_mass`.
+    With Gumbel(0, 1) noise a row is a softened draw of one key with probability P_ij: as tau -> 0 the mean over draws
+    tends to P, at tau = 1 it is flatter. A large tau gives every visible key the same. Zero noise and tau = 1 is `column_mass`.
 
     Args:
         q, k, q_start, group, alive, scale: as in `column_mass`.

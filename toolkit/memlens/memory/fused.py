@@ -23,7 +23,9 @@ def fused(q, k, v, g, beta, S, *, scale: float, chunk: int, dtype: torch.dtype) 
     from memlens_kernels.linear import MAX_KEY, plan
 
     if q.shape[-1] > MAX_KEY:
-        check.fail("linear_attention", f"key_dim={q.shape[-1]} with form='triton'", f"at most {MAX_KEY}", "use form='torch'")
+        check.fail(
+            "linear_attention", f"key_dim={q.shape[-1]} with form='triton'", f"at most {MAX_KEY}", "use form='torch'"
+        )
     p = plan(q.shape[-1], v.shape[-1], channel=g is not None and g.ndim == 4, dtype=q.dtype, chunk=chunk)
     u, w = v, None
     if beta is not None:
@@ -44,7 +46,7 @@ class _Chunks(torch.autograd.Function):
         q, k, u, w, g = (None if x is None else x.contiguous() for x in (q, k, u, w, g))
         out, writes, states = linear_forward(q, k, u, w, g, S, scale=scale, p=p, dtype=dtype)
         ctx.save_for_backward(q, k, writes, w, g, states)
-        ctx.scale, ctx.p, ctx.value_heads = scale, p, u.shape[1]
+        ctx.scale, ctx.p = scale, p
         return out, states[:, :, -1].clone()
 
     @staticmethod
@@ -86,7 +88,9 @@ def fused_taylor(q, k, v, S) -> tuple[Tensor, Tensor]:
 
     if q.dtype == torch.float32 and not interpreting():
         fix = "cast q, k and v to bfloat16 or float16, or use form='torch'"
-        check.fail("taylor_attention", "float32 with form='triton'", "half precision: the three states spill in float32", fix)
+        check.fail(
+            "taylor_attention", "float32 with form='triton'", "half precision: the three states spill in float32", fix
+        )
     return _Taylor.apply(q, k, v, S)
 
 
@@ -124,7 +128,11 @@ def _places(dim: int, device) -> tuple[Tensor, Tensor, Tensor]:
     plain = torch.arange(1 + dim, device=device)
     pairs, mirror = (1 + FEATURES + first * FEATURES + second for first, second in ((a, b), (b, a)))
     weight = torch.where(a == b, 0.5**0.5, 1.0)
-    return torch.cat((plain, pairs)), torch.cat((plain, mirror)), torch.cat((torch.ones_like(plain, dtype=torch.float32), weight))
+    return (
+        torch.cat((plain, pairs)),
+        torch.cat((plain, mirror)),
+        torch.cat((torch.ones_like(plain, dtype=torch.float32), weight)),
+    )
 
 
 def _spread(S: Tensor, dim: int) -> Tensor:

@@ -41,7 +41,12 @@ def _walk(x, dt, A, B, h) -> tuple[Tensor, Tensor]:
 
 def _grouped(x, dt, A, B, h):
     groups = B.shape[2]
-    return x.unflatten(2, (groups, -1)), dt.unflatten(2, (groups, -1)), A.unflatten(0, (groups, -1)), h.unflatten(1, (groups, -1))
+    return (
+        x.unflatten(2, (groups, -1)),
+        dt.unflatten(2, (groups, -1)),
+        A.unflatten(0, (groups, -1)),
+        h.unflatten(1, (groups, -1)),
+    )
 
 
 class _Scan(torch.autograd.Function):

@@ -19,8 +19,8 @@ from memlens import check
 from memlens.attention.exact import attend
 from memlens.attention.masks import stream_mask
 from memlens.attention.rope import frequencies, rope
-from memlens.memory.hybrid import KINDS, MixerSpec
 from memlens.memory.based import taylor_attention
+from memlens.memory.hybrid import KINDS, MixerSpec
 from memlens.memory.ssm import MambaParams, gated_short_conv, mamba_mixer, short_conv
 
 __all__ = ["GatedConv", "Mamba", "ShortConv", "SoftmaxMixer", "TaylorMixer", "mixer"]
