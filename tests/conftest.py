@@ -11,6 +11,9 @@ TOLERANCES = {
 }
 
 
+EXACT = {"rtol": 0, "atol": 0}  # integers and bools
+
+
 @pytest.fixture(autouse=True)
 def _fixed_threads():
     torch.set_num_threads(1)
@@ -22,8 +25,8 @@ def generator() -> torch.Generator:
 
 
 @pytest.fixture
-def close():
-    """`close(got, want)`: assert_close with the tolerance of `got`'s dtype, over tensors or nested tuples of them."""
+def assert_close():
+    """`assert_close(got, want)`: torch.testing's, with the tolerance of `got`'s dtype, over tensors or nested tuples of them."""
 
     def compare(got, want, **override):
         if isinstance(got, (tuple, list)):
@@ -34,9 +37,14 @@ def close():
         if got is None:
             assert want is None
             return
-        torch.testing.assert_close(got, want.to(got.dtype), **{**TOLERANCES[got.dtype], **override})
+        torch.testing.assert_close(got, want.to(got.dtype), **{**TOLERANCES.get(got.dtype, EXACT), **override})
 
     return compare
+
+
+@pytest.fixture
+def close(assert_close):
+    return assert_close
 
 
 @pytest.fixture(scope="session")

@@ -129,15 +129,15 @@ def test_nan_in_a_key_reaches_what_comes_after_it_alone(form):
     assert out[0, 0].isfinite().all()
 
 
-def test_no_keys_give_nothing_and_weigh_nothing(form, close):
+def test_no_keys_give_nothing_and_weigh_nothing(form, assert_close):
     q, k, v = (x.requires_grad_() for x in (draw(1, 2, 3, 8), draw(1, 2, 0, 8), draw(1, 2, 0, 8)))
     none = attend(q, k, v, causal=False, return_lse=True, form=form)
-    close(none.out, torch.zeros(1, 2, 3, 8), rtol=0, atol=0)
+    assert_close(none.out, torch.zeros(1, 2, 3, 8), rtol=0, atol=0)
     assert (none.lse == -torch.inf).all()
     none.out.sum().backward()
     assert not q.grad.any()
     some = attend(q, draw(1, 2, 4, 8), draw(1, 2, 4, 8), causal=False, return_lse=True, form=form)
-    close(merge(*none, *some), some)
+    assert_close(merge(*none, *some), some)
 
 
 def test_no_queries_give_an_empty_result(form):
@@ -227,7 +227,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("op", LAYOUTS)
-def test_strides_do_not_matter(op, form, close):
+def test_strides_do_not_matter(op, form, assert_close):
     given = draw(2, 4, 13, 16), draw(2, 2, 13, 16, seed=1), draw(2, 2, 13, 16, seed=2)
     results = []
     for change in (torch.clone, strided):
@@ -236,7 +236,7 @@ def test_strides_do_not_matter(op, form, close):
         if op != "column_mass":
             sum((part * draw(*part.shape, seed=3)).sum() for part in out).backward()
         results.append((*out, *(x.grad for x in leaves)))
-    close(*reversed(results))
+    assert_close(*reversed(results))
 
 
 def test_strides_do_not_matter_to_codes_and_gates():

@@ -197,9 +197,9 @@ def plan(key_dim: int, value_dim: int, *, channel: bool, dtype: torch.dtype, chu
     return Plan(max(16, min(chunk, 16 if small else 32)), 16 if value_dim <= 16 or small else 32, 4)
 
 
-def grads_block(p: Plan, *, delta: bool) -> int:
-    """Value columns that the grads kernel takes at once: the gradient of w leaves room for 16."""
-    return 16 if delta else p.value_block
+def grads_plan(p: Plan, *, key_dim: int, delta: bool) -> Plan:
+    """The plan of the grads kernel, which holds three gradients of (chunk, K): narrower with w, more warps for long keys."""
+    return p._replace(value_block=16 if delta else p.value_block, warps=8 if key_dim > 64 else p.warps)
 
 
 def _constants(q: Tensor, u: Tensor, g: Tensor | None, p: Plan) -> dict:
@@ -269,6 +269,7 @@ def linear_backward(q, k, writes, w, g, states, dout, dlast, *, scale: float, p:
     length, chunks = q.shape[2], slots - 1
     blocks = triton.cdiv(value, p.value_block)
     same, levels = _constants(q, writes, g, p), LEVELS[p.chunk]
+    wider = _constants(q, writes, g, grads_plan(p, key_dim=key, delta=w is not None))
     kept = None if g is None else states.new_empty(batch, heads, chunks, key)
     g = states if g is None else g  # a pointer that DECAY = 0 never reads
     groups = {"q_group": heads // q.shape[1], "k_group": heads // k.shape[1]}
@@ -282,10 +283,9 @@ def linear_backward(q, k, writes, w, g, states, dout, dlast, *, scale: float, p:
     )
     dq, dk = (states.new_empty(batch, heads, length, key) for _ in range(2))
     dw = None if w is None else states.new_empty(dq.shape)
-    same["BV"] = grads_block(p, delta=w is not None)
     grads_kernel[(chunks, batch * heads)](
         q, k, writes, g, states, dout, du, d_states, dq, dk, dw, kept, u_group=heads // writes.shape[1], chunks=chunks,
-        **sizes, **same, LEVELS=levels, DELTA=w is not None,
+        **sizes, **wider, LEVELS=levels, DELTA=w is not None,
     )  # fmt: skip
     return Grads(dq, dk, du, dw, kept, d_states[:, :, 0])
 
@@ -323,7 +323,7 @@ def tiles() -> list[Tile]:
 
 def _tile(name: str, dtype: str, dim: int, decay: int, delta: bool) -> Tile:
     kernel, p = KERNELS[name], plan(dim, dim, channel=decay == 2, dtype=DTYPES[dtype])
-    p = p._replace(value_block=grads_block(p, delta=delta)) if name == "grads" else p
+    p = grads_plan(p, key_dim=dim, delta=delta) if name == "grads" else p
     given = {
         "KEY": dim, "VALUE": dim, "BK": dim, "BV": p.value_block, "C": p.chunk, "LEVELS": LEVELS[p.chunk], "DECAY": decay,
         "DELTA": delta, "LOW": LOW[DTYPES[dtype]],

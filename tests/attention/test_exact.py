@@ -78,28 +78,28 @@ def written_out(q, k, v, *, causal=True, mask=None, bias=None, scale=None, q_off
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("call", CALLS)
-def test_reference_is_softmax_written_out(shape, call, qkv, through, generator, close):
+def test_reference_is_softmax_written_out(shape, call, qkv, through, generator, assert_close):
     inputs = qkv(*SHAPES[shape], dtype=torch.float64)
     given, bias = options(call, SHAPES[shape], generator)
     inputs += [x.double() for x in bias]
     got = through(with_bias(attend, form="reference", **given), *inputs)
     want = with_bias(written_out, **given)(*inputs)
     whole = want[0].isfinite().all(-1)
-    close(got[0][whole], want[0][whole])
-    close(got[1], want[1])
+    assert_close(got[0][whole], want[0][whole])
+    assert_close(got[1], want[1])
     if whole.all():
-        close(got, through(with_bias(written_out, **given), *inputs))
+        assert_close(got, through(with_bias(written_out, **given), *inputs))
 
 
 @FAST
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("call", CALLS)
-def test_torch_form_is_the_reference(form, shape, call, qkv, through, generator, close, fast):
+def test_torch_form_is_the_reference(form, shape, call, qkv, through, generator, assert_close, fast):
     inputs = qkv(*SHAPES[shape], dtype=torch.float64)
     given, bias = options(call, SHAPES[shape], generator)
     inputs += [x.double() for x in bias]
     want = through(with_bias(attend, form="reference", **given), *inputs)
-    close(through(with_bias(fast(form), **given), *inputs), want)
+    assert_close(through(with_bias(fast(form), **given), *inputs), want)
 
 
 @FAST
@@ -164,7 +164,7 @@ def test_no_keys_and_no_queries(form, qkv):
 
 @FAST
 @pytest.mark.parametrize("split", [1, 64, 129])
-def test_keys_split_anywhere_and_merged_are_the_whole(form, split, qkv, through, close, fast):
+def test_keys_split_anywhere_and_merged_are_the_whole(form, split, qkv, through, assert_close, fast):
     fn = fast(form)
 
     def parts(q, k, v):
@@ -173,41 +173,41 @@ def test_keys_split_anywhere_and_merged_are_the_whole(form, split, qkv, through,
         return merge(*left, *right)
 
     inputs = qkv(1, 4, 2, 130, 130, 40)
-    close(through(parts, *inputs), through(partial(fn, q_offset=0, return_lse=True), *inputs))
+    assert_close(through(parts, *inputs), through(partial(fn, q_offset=0, return_lse=True), *inputs))
 
 
 @FAST
-def test_probabilities_sum_to_one(form, qkv, close, fast):
+def test_probabilities_sum_to_one(form, qkv, assert_close, fast):
     q, k, _ = qkv(1, 2, 2, 33, 33, 16)
     values = torch.eye(33).expand(1, 2, 33, 33)
     shares, lse = fast(form)(q, k, values, return_lse=True)  # row i of the output is row i of the probabilities
-    close(shares.sum(-1), torch.ones(1, 2, 33))
+    assert_close(shares.sum(-1), torch.ones(1, 2, 33))
     scores = (q @ k.mT * 16**-0.5).masked_fill(~torch.ones(33, 33, dtype=torch.bool).tril(), -torch.inf)
-    close((scores - lse[..., None]).exp(), shares)
+    assert_close((scores - lse[..., None]).exp(), shares)
 
 
 @FAST
-def test_the_order_of_keys_does_not_matter_without_the_diagonal(form, qkv, generator, close, fast):
+def test_the_order_of_keys_does_not_matter_without_the_diagonal(form, qkv, generator, assert_close, fast):
     q, k, v = qkv(1, 4, 2, 20, 50, 16)
     order = torch.randperm(50, generator=generator)
     want = fast(form)(q, k, v, causal=False, return_lse=True)
-    close(tuple(fast(form)(q, k[:, :, order], v[:, :, order], causal=False, return_lse=True)), tuple(want))
+    assert_close(tuple(fast(form)(q, k[:, :, order], v[:, :, order], causal=False, return_lse=True)), tuple(want))
 
 
 @FAST
-def test_one_decoded_row_is_the_last_row_of_the_prompt(form, qkv, close, fast):
+def test_one_decoded_row_is_the_last_row_of_the_prompt(form, qkv, assert_close, fast):
     q, k, v = qkv(1, 4, 2, 65, 65, 16)
-    close(fast(form)(q[:, :, -1:], k, v), fast(form)(q, k, v)[:, :, -1:])
+    assert_close(fast(form)(q[:, :, -1:], k, v), fast(form)(q, k, v)[:, :, -1:])
 
 
 @FAST
-def test_any_strides(form, qkv, close, fast):
+def test_any_strides(form, qkv, assert_close, fast):
     q, k, v = qkv(2, 4, 2, 33, 33, 16)
     turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     scattered = [torch.stack((x, x), -1)[..., 0] for x in (q, k, v)]  # neighbours two apart
     want = fast(form)(q, k, v)
-    close(fast(form)(*turned), want)
-    close(fast(form)(*scattered), want)
+    assert_close(fast(form)(*turned), want)
+    assert_close(fast(form)(*scattered), want)
 
 
 @FAST
@@ -221,22 +221,22 @@ def test_memory_is_linear_in_the_length(form, qkv, fast):
     assert elements(1024, mask=padding) < 1024 * 1024 / 16
 
 
-def test_the_gradient_of_a_bias_is_summed_where_it_is_broadcast(qkv, close):
+def test_the_gradient_of_a_bias_is_summed_where_it_is_broadcast(qkv, assert_close):
     q, k, v = qkv(2, 2, 1, 9, 9, 8)
     small = torch.randn(2, 1, 1, requires_grad=True)
     full = small.detach().expand(2, 2, 9, 9).clone().requires_grad_()
     dout = torch.randn(2, 2, 9, 8)
     got, want = (torch.autograd.grad(attend(q, k, v, bias=bias), bias, dout)[0] for bias in (small, full))
-    close(got, want.sum((0, 2, 3)).reshape(2, 1, 1))
+    assert_close(got, want.sum((0, 2, 3)).reshape(2, 1, 1))
 
 
 @pytest.mark.parametrize("form", ["reference", "torch"])
-def test_a_bias_of_minus_infinity_is_a_mask(form, qkv, through, generator, close):
+def test_a_bias_of_minus_infinity_is_a_mask(form, qkv, through, generator, assert_close):
     inputs = qkv(1, 2, 1, 9, 9, 8)
     mask = torch.rand(9, 9, generator=generator) < 0.5
     hidden = torch.zeros(9, 9).masked_fill(~mask, -torch.inf)
     got = through(partial(attend, bias=hidden, return_lse=True, form=form), *inputs)
-    close(got, through(partial(attend, mask=mask, return_lse=True, form=form), *inputs))
+    assert_close(got, through(partial(attend, mask=mask, return_lse=True, form=form), *inputs))
 
 
 def test_refusals(qkv):

@@ -11,11 +11,11 @@ SIZES = [(64, 16, 1024), (100, 16, 999), (37, 8, 100), (128, 32, 4096), (96, 64,
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("algo", ALGORITHMS)
-def test_the_formula_is_what_the_loop_counts(size, algo, qkv, close):
+def test_the_formula_is_what_the_loop_counts(size, algo, qkv, assert_close):
     n, d, sram = size
     q, k, v = (x[0, 0] for x in qkv(1, 1, 1, n, n, d, dtype=torch.float64))
     out, counted = traced(q, k, v, sram, algo)
-    close(out, attend(q[None, None], k[None, None], v[None, None], causal=False, form="reference")[0, 0])
+    assert_close(out, attend(q[None, None], k[None, None], v[None, None], causal=False, form="reference")[0, 0])
     want = attention_io(n, d, sram, algo)
     assert counted == {name: want[name] for name in counted}
 

@@ -21,20 +21,20 @@ def test_decode_rows_line_up_with_the_end():
     assert torch.equal(stream_mask(4, 9, sink=2, recent=3, q_offset=2), whole[2:6])
 
 
-def test_sink_and_window_over_everything_is_causal(qkv, close):
+def test_sink_and_window_over_everything_is_causal(qkv, assert_close):
     q, k, v = qkv(1, 2, 2, 12, 12, 8)
-    close(attend(q, k, v, causal=False, mask=stream_mask(12, 12, sink=4, recent=8)), attend(q, k, v))
+    assert_close(attend(q, k, v, causal=False, mask=stream_mask(12, 12, sink=4, recent=8)), attend(q, k, v))
 
 
-def test_heads_of_two_kinds(qkv, close):
+def test_heads_of_two_kinds(qkv, assert_close):
     full, other = torch.ones(10, 10, dtype=torch.bool).tril(), stream_mask(10, 10, sink=1, recent=3)
     is_full = torch.tensor([True, False])  # of two kv heads, for four query heads
     mask = mix_heads(full, other, is_full, heads=4)
     assert mask.shape == (4, 10, 10)
     q, k, v = qkv(1, 4, 2, 10, 10, 8)
     got = attend(q, k, v, mask=mask)
-    close(got[:, :2], attend(q, k, v)[:, :2])
-    close(got[:, 2:], attend(q, k, v, mask=other)[:, 2:])
+    assert_close(got[:, :2], attend(q, k, v)[:, :2])
+    assert_close(got[:, 2:], attend(q, k, v, mask=other)[:, 2:])
 
 
 def test_refusals():

@@ -16,7 +16,7 @@ CAUSAL = pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("form", ["reference", "fused", "tiles"])
 @pytest.mark.parametrize("shared", [(1, 1), (2, 4), (1, 4), (2, 1)])
 @CAUSAL
-def test_is_dense_attention_under_the_mask(form, shared, causal, qkv, through, generator, close, monkeypatch):
+def test_is_dense_attention_under_the_mask(form, shared, causal, qkv, through, generator, assert_close, monkeypatch):
     if form == "tiles":
         monkeypatch.setattr(fused, "serves", lambda *tensors: False)
     inputs = qkv(*SHAPE, dtype=torch.float64)
@@ -26,15 +26,15 @@ def test_is_dense_attention_under_the_mask(form, shared, causal, qkv, through, g
     want = through(partial(attend, causal=causal, mask=mask, return_lse=True), *inputs)
     name = "reference" if form == "reference" else "torch"
     got = through(partial(block_attend, block_mask=blocks, block_q=32, block_k=30, causal=causal, form=name), *inputs)
-    close(got, want)
+    assert_close(got, want)
 
 
 @CAUSAL
-def test_all_blocks_are_exact_attention(causal, qkv, through, close):
+def test_all_blocks_are_exact_attention(causal, qkv, through, assert_close):
     inputs = qkv(1, 2, 1, 65, 65, 16)
     blocks = torch.ones(1, 1, 3, 5, dtype=torch.bool)
     got = through(partial(block_attend, block_mask=blocks, block_q=32, block_k=16, causal=causal), *inputs)
-    close(got, through(partial(attend, causal=causal, return_lse=True), *inputs))
+    assert_close(got, through(partial(attend, causal=causal, return_lse=True), *inputs))
 
 
 def test_what_is_skipped_is_not_read(qkv):

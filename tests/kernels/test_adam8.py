@@ -36,23 +36,23 @@ def codes_agree(got, want, share=0.01):
 @SIZES
 @pytest.mark.parametrize("eps_mode", ["torch", "hf"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_few_steps_give_the_reference(numel, eps_mode, dtype, generator, close):
+def test_a_few_steps_give_the_reference(numel, eps_mode, dtype, generator, assert_close):
     want = None
     for step in range(3):
         g = spread(numel, generator).to(dtype)
         before = want
         kernel, got = coded_direction(g, before, *CODECS, (0.8, 0.95), 1e-6, eps_mode, form="triton")
         direction, want = coded_direction(g, before, *CODECS, (0.8, 0.95), 1e-6, eps_mode, form="reference")
-        close(kernel, direction)
+        assert_close(kernel, direction)
         assert got.step == step + 1
         for part, other in ((got.m, want.m), (got.v, want.v)):
             codes_agree(part.codes, other.codes)
-            close(part.scale, other.scale, rtol=1e-6, atol=0.0)
+            assert_close(part.scale, other.scale, rtol=1e-6, atol=0.0)
             assert part.shape == (numel,)
 
 
 @SIZES
-def test_every_output_is_written_and_nothing_beside_it(numel, generator, close):
+def test_every_output_is_written_and_nothing_beside_it(numel, generator, assert_close):
     from memlens_kernels.adam8 import adam8, adam8_buffers
 
     g = spread(numel, generator)
@@ -65,9 +65,9 @@ def test_every_output_is_written_and_nothing_beside_it(numel, generator, close):
     tables = [_tables(signed, g.device)[:2] for signed in (True, False)]
     direction, *state = adam8(g, zero, zero, *tables, betas=(0.9, 0.999), correction=1.0, floor=1e-3, out=out)
     (m, v), want = (0.1 * g, 0.001 * g * g), 0.1 * g / (0.001 * g * g).sqrt().add(1e-3)
-    close(direction, want)
-    close(dyn8(True).decode(Packed(*state[:2], (numel,))), dyn8(True).decode(dyn8(True).encode(m)))
-    close(dyn8(False).decode(Packed(*state[2:], (numel,))), dyn8(False).decode(dyn8(False).encode(v)))
+    assert_close(direction, want)
+    assert_close(dyn8(True).decode(Packed(*state[:2], (numel,))), dyn8(True).decode(dyn8(True).encode(m)))
+    assert_close(dyn8(False).decode(Packed(*state[2:], (numel,))), dyn8(False).decode(dyn8(False).encode(v)))
     for t, n in zip(room, sizes, strict=True):
         assert (t[n:] == 77).all() if t.dtype == torch.uint8 else t[n:].isnan().all()
 

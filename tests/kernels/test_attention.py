@@ -64,15 +64,15 @@ def through(fn, *tensors, lse_too=True):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("call", CALLS)
-def test_kernel_is_the_reference(shape, call, generator, close):
+def test_kernel_is_the_reference(shape, call, generator, assert_close):
     tensors = inputs(SHAPES[shape], generator)
     want, got = (through(partial(attend, form=form, **CALLS[call]), *tensors) for form in ("reference", "triton"))
-    close(got, want, atol=2e-5)
+    assert_close(got, want, atol=2e-5)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kind", ["all pairs", "keys", "heads"])
-def test_a_mask_with_empty_rows(causal, kind, generator, close):
+def test_a_mask_with_empty_rows(causal, kind, generator, assert_close):
     sizes = {"all pairs": (2, 4, 35, 70), "keys": (2, 1, 1, 70), "heads": (1, 4, 35, 1)}
     mask = torch.rand(sizes[kind], generator=generator) < 0.4
     if kind == "all pairs":
@@ -81,14 +81,14 @@ def test_a_mask_with_empty_rows(causal, kind, generator, close):
     want, got = (
         through(partial(attend, causal=causal, mask=mask, form=form), *tensors) for form in ("reference", "triton")
     )
-    close(got, want, atol=2e-5)
+    assert_close(got, want, atol=2e-5)
 
 
-def test_without_a_gradient_of_lse_and_with_strides(generator, close):
+def test_without_a_gradient_of_lse_and_with_strides(generator, assert_close):
     tensors = inputs((2, 4, 2, 40, 40, 32, 32), generator)
     turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
     want = through(partial(attend, form="reference"), *tensors, lse_too=False)
-    close(through(partial(attend, form="triton"), *turned, lse_too=False), want, atol=2e-5)
+    assert_close(through(partial(attend, form="triton"), *turned, lse_too=False), want, atol=2e-5)
 
 
 def test_half_precision_is_no_worse_than_torch(generator):
@@ -102,13 +102,13 @@ def test_half_precision_is_no_worse_than_torch(generator):
 
 
 @pytest.mark.parametrize("shared, causal", [((1, 1), True), ((2, 4), True), ((1, 4), False), ((2, 1), False)])
-def test_listed_blocks_are_the_masked_reference(shared, causal, generator, close):
+def test_listed_blocks_are_the_masked_reference(shared, causal, generator, assert_close):
     tensors = inputs((2, 4, 2, 60, 80, 24, 16), generator)
     blocks = torch.rand(*shared, 2, 2, generator=generator) < 0.5
     blocks[..., 0, 1, :] = False
     mask = spread(blocks, 32, 48, 60, 80)
     got = through(partial(block_attend, block_mask=blocks, block_q=32, block_k=48, causal=causal, form="triton"), *tensors)
-    close(got, through(partial(attend, causal=causal, mask=mask, form="reference"), *tensors), atol=2e-5)
+    assert_close(got, through(partial(attend, causal=causal, mask=mask, form="reference"), *tensors), atol=2e-5)
 
 
 def test_no_block_at_all(generator):

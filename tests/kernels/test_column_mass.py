@@ -37,7 +37,7 @@ def inputs(sizes, dtype, generator):
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_every_statistic_gives_the_reference(sizes, dtype, generator, close):
+def test_every_statistic_gives_the_reference(sizes, dtype, generator, assert_close):
     q, k = inputs(sizes, dtype, generator)
     for reduce, threshold in STATISTICS:
         want, got = (
@@ -45,34 +45,34 @@ def test_every_statistic_gives_the_reference(sizes, dtype, generator, close):
             for form in ("reference", "triton")
         )
         if threshold is None:
-            close(got, want, **MARGIN[dtype])
+            assert_close(got, want, **MARGIN[dtype])
         else:  # a probability within rounding of its threshold may fall on either side
             assert float((got - want).abs().max()) <= 1
             assert float((got != want).float().mean()) <= 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_padding_is_out_of_the_softmax(dtype, generator, close):
+def test_padding_is_out_of_the_softmax(dtype, generator, assert_close):
     q, k = inputs((2, 4, 2, 40, 70, 16), dtype, generator)
     alive = torch.arange(70) >= torch.tensor([[0], [45]])  # the first rows of the second sequence see nothing
     for group in ("mean", "max", "sum"):
         want, got = (column_mass(q, k, alive=alive, group=group, form=form) for form in ("reference", "triton"))
-        close(got, want, **MARGIN[dtype])
+        assert_close(got, want, **MARGIN[dtype])
         assert bool((got[1, :, :45] == 0).all())
 
 
-def test_an_lse_from_the_forward_pass_is_used(generator, close):
+def test_an_lse_from_the_forward_pass_is_used(generator, assert_close):
     q, k = inputs((1, 4, 2, 33, 50, 16), torch.float32, generator)
     lse = torch.randn(1, 4, 33, generator=generator) + 4
     want, got = (column_mass(q, k, lse=lse, form=form) for form in ("reference", "triton"))
-    close(got, want)
+    assert_close(got, want)
     assert float((got - column_mass(q, k)).abs().max()) > 0.01  # not the rows' own lse
 
 
-def test_strided_inputs(generator, close):
+def test_strided_inputs(generator, assert_close):
     q, k = inputs((2, 4, 2, 33, 50, 16), torch.float32, generator)
     odd = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
     assert not odd[0].is_contiguous()
-    close(column_mass(*odd, form="triton"), column_mass(q, k, form="reference"))
+    assert_close(column_mass(*odd, form="triton"), column_mass(q, k, form="reference"))
     wide = [torch.stack((x, x), -1)[..., 0] for x in (q, k)]  # not even the last axis is dense
-    close(column_mass(*wide, form="triton"), column_mass(q, k, form="reference"))
+    assert_close(column_mass(*wide, form="triton"), column_mass(q, k, form="reference"))

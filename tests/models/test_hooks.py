@@ -37,15 +37,15 @@ def exact(layer, q, k, v, offset):
 
 @pytest.mark.parametrize("before", ["sdpa", "eager"])
 @pytest.mark.parametrize("fn", [exact, lambda *args: None])
-def test_exact_attention_changes_nothing(before, fn, model, ids, close):
+def test_exact_attention_changes_nothing(before, fn, model, ids, assert_close):
     model.set_attn_implementation(before)
     want = model(ids).logits
     with use_attention(model, fn):
-        close(model(ids).logits, want, atol=1e-4)
+        assert_close(model(ids).logits, want, atol=1e-4)
     assert model.config._attn_implementation == before
 
 
-def test_a_cache_shifts_the_offset(model, ids, close):
+def test_a_cache_shifts_the_offset(model, ids, assert_close):
     want, seen = model(ids).logits, set()
 
     def fn(layer, q, k, v, offset):
@@ -55,7 +55,7 @@ def test_a_cache_shifts_the_offset(model, ids, close):
     with use_attention(model, fn):
         first = model(ids[:, :8], use_cache=True)
         rest = model(ids[:, 8:], past_key_values=first.past_key_values).logits
-    close(torch.cat((first.logits, rest), 1), want, atol=1e-4)
+    assert_close(torch.cat((first.logits, rest), 1), want, atol=1e-4)
     assert seen == {(layer, *call) for layer in range(3) for call in ((0, 8, 8), (8, 5, 13))}
 
 
@@ -84,25 +84,25 @@ def test_the_model_is_restored_after_an_exception(model, ids):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_gradients_reach_the_weights(model, ids, close):
+def test_gradients_reach_the_weights(model, ids, assert_close):
     def gradient():
         return torch.autograd.grad(model(ids).logits.square().mean(), model.model.layers[0].self_attn.k_proj.weight)[0]
 
     want = gradient()
     with use_attention(model, exact):
-        close(gradient(), want, atol=1e-4)
+        assert_close(gradient(), want, atol=1e-4)
 
 
-def test_capture_before_and_after_rotation(model, ids, close):
+def test_capture_before_and_after_rotation(model, ids, assert_close):
     after, before = capture_qkv(model, ids, layers=[2, 0]), capture_qkv(model, ids, layers=[2, 0], pre_rope=True)
     assert list(after) == [2, 0]
     assert after[0].q.shape == (2, 4, 13, 8)
     assert after[0].k.shape == after[0].v.shape == (2, 2, 13, 8)
     freq, pos = model.model.rotary_emb.inv_freq, torch.arange(13)
     for layer in (0, 2):
-        close(rope(before[layer].q, pos, freq), after[layer].q)
-        close(rope(before[layer].k, pos, freq), after[layer].k)
-        close(before[layer].v, after[layer].v)
+        assert_close(rope(before[layer].q, pos, freq), after[layer].q)
+        assert_close(rope(before[layer].k, pos, freq), after[layer].k)
+        assert_close(before[layer].v, after[layer].v)
     assert sorted(capture_qkv(model, ids)) == [0, 1, 2]
     # what was captured is what the model attends with
     out = attend(*after[0]).transpose(1, 2).flatten(-2)
@@ -110,10 +110,10 @@ def test_capture_before_and_after_rotation(model, ids, close):
     hook = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, args: heard.append(args[0]))
     model(ids)
     hook.remove()
-    close(out, heard[0], atol=1e-4)
+    assert_close(out, heard[0], atol=1e-4)
 
 
-def test_gates(model, ids, close):
+def test_gates(model, ids, assert_close):
     want = model(ids).logits
     with gate_heads(model, torch.ones(3, 4)):
         assert torch.equal(model(ids).logits, want)
@@ -127,14 +127,14 @@ def test_gates(model, ids, close):
     with use_attention(model, without):
         pruned = model(ids).logits
     with gate_heads(model, gates):
-        close(model(ids).logits, pruned, atol=1e-4)
+        assert_close(model(ids).logits, pruned, atol=1e-4)
     with gate_heads(model, gates, positions="last"):
         last = model(ids).logits
-    close(last[:, :-1], want[:, :-1])
+    assert_close(last[:, :-1], want[:, :-1])
     assert not torch.allclose(last[:, -1], want[:, -1])
     with gate_heads(model, gates, positions=torch.tensor([5])):
         some = model(ids).logits
-    close(some[:, :5], want[:, :5])
+    assert_close(some[:, :5], want[:, :5])
     assert not torch.allclose(some[:, 5], want[:, 5])
 
 

@@ -50,14 +50,14 @@ def weights(model) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def test_a_conversion_keeps_every_weight_and_ties_the_head(tiny, snapshot, close):
+def test_a_conversion_keeps_every_weight_and_ties_the_head(tiny, snapshot, assert_close):
     model, tokenizer = real.smollm2()
     with real.quiet():
         source = transformers.LlamaForCausalLM.from_pretrained(snapshot, dtype=torch.float32)
     got, want = weights(model), weights(source)
     assert got.keys() == want.keys()
     for name in want:
-        close(got[name], want[name], rtol=0, atol=0)
+        assert_close(got[name], want[name], rtol=0, atol=0)
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     assert tokenizer("to be or not")["input_ids"] == [1, 2, 3, 4]
     assert not model.training
@@ -124,26 +124,26 @@ def gguf_file(tmp_path) -> tuple[Path, dict[str, torch.Tensor]]:
     return path, held
 
 
-def test_a_gguf_file_is_dequantised_exactly_and_in_silence(gguf_file, tiny, monkeypatch, capfd, close):
+def test_a_gguf_file_is_dequantised_exactly_and_in_silence(gguf_file, tiny, monkeypatch, capfd, assert_close):
     pytest.importorskip("accelerate")
     path, held = gguf_file
     monkeypatch.setattr(real, "find", lambda name: real.Source(path, "tiny-1"))
     model, tokenizer = real.smollm2()
     assert capfd.readouterr() == ("", "")
     state = model.state_dict()
-    close(state["model.embed_tokens.weight"], held["token_embd"], rtol=0, atol=0)
-    close(state["model.layers.1.mlp.down_proj.weight"], held["blk.1.ffn_down"], rtol=0, atol=0)
-    close(state["model.layers.0.self_attn.v_proj.weight"], held["blk.0.attn_v"], rtol=0, atol=0)
+    assert_close(state["model.embed_tokens.weight"], held["token_embd"], rtol=0, atol=0)
+    assert_close(state["model.layers.1.mlp.down_proj.weight"], held["blk.1.ffn_down"], rtol=0, atol=0)
+    assert_close(state["model.layers.0.self_attn.v_proj.weight"], held["blk.0.attn_v"], rtol=0, atol=0)
     assert not hasattr(model.config, "quantization_config")
     assert tokenizer("cab")["input_ids"] == [2, 26]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes_are_casts_of_float32(tiny, dtype, close):
+def test_other_dtypes_are_casts_of_float32(tiny, dtype, assert_close):
     model, _ = real.smollm2(dtype)
     assert model.dtype == dtype
     for name, value in weights(real.smollm2()[0]).items():
-        close(model.state_dict()[name], value.to(dtype), rtol=0, atol=0)
+        assert_close(model.state_dict()[name], value.to(dtype), rtol=0, atol=0)
         assert model.state_dict()[name].dtype == dtype
 
 
@@ -252,7 +252,7 @@ def test_bad_arguments():
 
 
 @pytest.mark.model
-def test_smollm2_equals_the_dequantised_file(smollm2, close):
+def test_smollm2_equals_the_dequantised_file(smollm2, assert_close):
     gguf = pytest.importorskip("gguf")
     source = real.find(NAME)
     if source is None or source.path.suffix != ".gguf":
@@ -263,15 +263,15 @@ def test_smollm2_equals_the_dequantised_file(smollm2, close):
     def dequantised(name: str) -> torch.Tensor:
         return torch.tensor(gguf.quants.dequantize(stored[name].data, stored[name].tensor_type))
 
-    close(state["model.embed_tokens.weight"], dequantised("token_embd.weight"), rtol=0, atol=0)
+    assert_close(state["model.embed_tokens.weight"], dequantised("token_embd.weight"), rtol=0, atol=0)
     for layer in (0, 29):
         theirs, ours = f"blk.{layer}.", f"model.layers.{layer}."
-        close(state[f"{ours}mlp.down_proj.weight"], dequantised(f"{theirs}ffn_down.weight"), rtol=0, atol=0)
-        close(state[f"{ours}input_layernorm.weight"], dequantised(f"{theirs}attn_norm.weight"), rtol=0, atol=0)
+        assert_close(state[f"{ours}mlp.down_proj.weight"], dequantised(f"{theirs}ffn_down.weight"), rtol=0, atol=0)
+        assert_close(state[f"{ours}input_layernorm.weight"], dequantised(f"{theirs}attn_norm.weight"), rtol=0, atol=0)
         for name, heads in (("q", 9), ("k", 3)):
             # GGUF interleaves the two halves that rotate together
             rows = dequantised(f"{theirs}attn_{name}.weight").unflatten(0, (heads, 32, 2)).transpose(1, 2).flatten(0, 2)
-            close(state[f"{ours}self_attn.{name}_proj.weight"], rows, rtol=0, atol=0)
+            assert_close(state[f"{ours}self_attn.{name}_proj.weight"], rows, rtol=0, atol=0)
 
 
 @pytest.mark.model

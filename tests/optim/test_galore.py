@@ -23,7 +23,7 @@ def gradients(shape, generator, steps=9):
 
 @SHAPES
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_the_step_is_that_of_galore_torch(shape, weight_decay, generator, close, galore_peer):
+def test_the_step_is_that_of_galore_torch(shape, weight_decay, generator, assert_close, galore_peer):
     start = torch.randn(shape, generator=generator)
     w, ours, state = torch.nn.Parameter(start.clone()), start, None
     group = {"params": [w], "rank": 3, "update_proj_gap": 50, "scale": 0.25, "proj_type": "std"}
@@ -32,12 +32,12 @@ def test_the_step_is_that_of_galore_torch(shape, weight_decay, generator, close,
         w.grad = g.clone()
         peer.step()
         ours, state = galore_step(ours, g, state, 0.02, 3, 50, 0.25, weight_decay=weight_decay)
-        close(ours, w.detach())
+        assert_close(ours, w.detach())
     assert state.step == 9
 
 
 @SHAPES
-def test_a_refresh_takes_the_current_gradient_and_keeps_the_moments(shape, generator, close):
+def test_a_refresh_takes_the_current_gradient_and_keeps_the_moments(shape, generator, assert_close):
     state, w, grads = None, torch.zeros(shape), gradients(shape, generator, 4)
     seen = []
     for g in grads:
@@ -48,11 +48,11 @@ def test_a_refresh_takes_the_current_gradient_and_keeps_the_moments(shape, gener
     assert not torch.equal(seen[1].sub.basis, seen[2].sub.basis)
     # the direction of step 2, by hand: moments of step 1 in the basis of gradient 2
     low = project(grads[2], seen[2].sub)
-    close(seen[2].inner.m.codes, 0.9 * seen[1].inner.m.codes + 0.1 * low)
+    assert_close(seen[2].inner.m.codes, 0.9 * seen[1].inner.m.codes + 0.1 * low)
 
 
 @SHAPES
-def test_a_linear_rule_inside_is_full_rank_exactly(shape, generator, close):
+def test_a_linear_rule_inside_is_full_rank_exactly(shape, generator, assert_close):
     """Momentum commutes with a fixed square orthonormal basis; this is the theory behind the projection."""
 
     def momentum(low, held):
@@ -63,22 +63,22 @@ def test_a_linear_rule_inside_is_full_rank_exactly(shape, generator, close):
     for g in gradients(shape, generator):
         direction, state = projected_direction(g, state, momentum, rank=min(shape), every=100)
         full = 0.9 * full + g
-        close(direction, full)
+        assert_close(direction, full)
 
 
 @SHAPES
-def test_adam_inside_at_full_rank_is_adam_in_a_rotated_basis_and_not_adam(shape, generator, close):
+def test_adam_inside_at_full_rank_is_adam_in_a_rotated_basis_and_not_adam(shape, generator, assert_close):
     state, rotated, upright, w = None, None, None, torch.zeros(shape)
     for g in gradients(shape, generator, 5):
         before = w
         w, state = galore_step(w, g, state, 1.0, min(shape), 100, 1.0)
         turned, rotated = adam_direction(project(g, state.sub), rotated, eps=1e-6, eps_mode="hf")
-        close(before - w, unproject(turned, state.sub))
+        assert_close(before - w, unproject(turned, state.sub))
         plain_adam, upright = adam_direction(g, upright, eps=1e-6, eps_mode="hf")
     assert ((before - w) - plain_adam).abs().max() > 0.1
 
 
-def test_a_basis_column_may_flip_with_its_moments(generator, close):
+def test_a_basis_column_may_flip_with_its_moments(generator, assert_close):
     w, first, second = (torch.randn(8, 5, generator=generator) for _ in range(3))
     _, state = galore_step(w, first, None, 0.1, 3, 10)
     turn = torch.tensor([1.0, -1.0, 1.0])
@@ -86,17 +86,17 @@ def test_a_basis_column_may_flip_with_its_moments(generator, close):
     flipped = ProjectedState(
         Subspace(state.sub.basis * turn, "right"), state.inner._replace(m=m._replace(codes=m.codes * turn)), state.step
     )
-    close(galore_step(w, second, flipped, 0.1, 3, 10)[0], galore_step(w, second, state, 0.1, 3, 10)[0])
+    assert_close(galore_step(w, second, flipped, 0.1, 3, 10)[0], galore_step(w, second, state, 0.1, 3, 10)[0])
 
 
-def test_the_update_lies_in_the_subspace_and_alpha_spares_the_decay(generator, close):
+def test_the_update_lies_in_the_subspace_and_alpha_spares_the_decay(generator, assert_close):
     w, g = torch.randn(6, 10, generator=generator), torch.randn(6, 10, generator=generator)
     small, state = galore_step(w, g, None, 0.1, 2, alpha=0.5)
-    close((w - small) - unproject(project(w - small, state.sub), state.sub), torch.zeros(6, 10))
+    assert_close((w - small) - unproject(project(w - small, state.sub), state.sub), torch.zeros(6, 10))
     decayed, _ = galore_step(w, g, None, 0.1, 2, alpha=0.5, weight_decay=0.2)
-    close(decayed, small * (1 - 0.1 * 0.2))
+    assert_close(decayed, small * (1 - 0.1 * 0.2))
     still, _ = galore_step(w, g, None, 0.1, 2, alpha=0.0, weight_decay=0.2)
-    close(still, w * (1 - 0.1 * 0.2))
+    assert_close(still, w * (1 - 0.1 * 0.2))
 
 
 def test_eight_bit_moments_walk_beside_float32(generator):

@@ -43,7 +43,7 @@ def test_the_fast_search_is_the_nearest_value(signed, generator):
 
 @BOTH
 @pytest.mark.parametrize("shape", [(1,), (0,), (255,), (3, 257), (4, 4, 64)])
-def test_forms_agree_and_errors_stay_within_half_a_gap(signed, shape, generator, close):
+def test_forms_agree_and_errors_stay_within_half_a_gap(signed, shape, generator, assert_close):
     x = wild(torch.Size(shape).numel(), generator, signed).view(shape)
     codec = dyn8(signed)
     packed = codec.encode(x)
@@ -57,11 +57,11 @@ def test_forms_agree_and_errors_stay_within_half_a_gap(signed, shape, generator,
     assert codec.nbytes(packed) == codec.size(x.numel()) == x.numel() + 4 * -(-x.numel() // 256)
 
 
-def test_powers_of_ten_by_hand(close):
+def test_powers_of_ten_by_hand(assert_close):
     """10^-k of the maximum is nearest to its decade's last midpoint, 1 - 0.45 / 2^i of it; a linear code would give 0."""
     x = torch.tensor([3.0, 3e-3, -3e-4, 3e-5])
     back = dyn8(True).decode(dyn8(True).encode(x))
-    close(back / 3, torch.tensor([1.0, (1 - 0.45 / 8) * 1e-3, -(1 - 0.45 / 4) * 1e-4, (1 - 0.45 / 2) * 1e-5]), atol=0.0)
+    assert_close(back / 3, torch.tensor([1.0, (1 - 0.45 / 8) * 1e-3, -(1 - 0.45 / 4) * 1e-4, (1 - 0.45 / 2) * 1e-5]), atol=0.0)
 
 
 @BOTH
@@ -85,14 +85,14 @@ def test_plain_casts_into_memory_of_its_own(generator):
         assert plain(dtype).nbytes(packed) == plain(dtype).size(21) == 21 * dtype.itemsize
 
 
-def test_a_coded_step_without_loss_is_adamw(generator, close):
+def test_a_coded_step_without_loss_is_adamw(generator, assert_close):
     w = torch.randn(9, 40, generator=generator, requires_grad=True)
     peer, p, st = torch.optim.AdamW([w], lr=0.01, weight_decay=0.1), w.detach().clone(), None
     for _ in range(5):
         w.grad = torch.randn(9, 40, generator=generator)
         peer.step()
         p, st = coded_adam_step(p, w.grad, st, 0.01, plain(), plain(), weight_decay=0.1)
-    close(p, w.detach())
+    assert_close(p, w.detach())
 
 
 def test_eight_bits_walk_beside_full_precision(generator):
@@ -106,7 +106,7 @@ def test_eight_bits_walk_beside_full_precision(generator):
 
 
 @pytest.mark.parametrize("numel", [1, 257, 1000])
-def test_the_reference_and_torch_forms_of_a_direction_agree(numel, generator, close):
+def test_the_reference_and_torch_forms_of_a_direction_agree(numel, generator, assert_close):
     states = dict.fromkeys(("reference", "torch"))
     for _ in range(3):
         g = torch.randn(numel, generator=generator)

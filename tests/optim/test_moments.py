@@ -14,7 +14,7 @@ def stream(generator, steps=7, shape=(5, 3)):
 
 
 @pytest.mark.parametrize("betas, eps", [((0.9, 0.999), 1e-8), ((0.8, 0.5), 1e-2), ((0.0, 0.0), 1e-8)])
-def test_the_direction_is_that_of_torch_adam(betas, eps, generator, close):
+def test_the_direction_is_that_of_torch_adam(betas, eps, generator, assert_close):
     w = torch.zeros(5, 3, requires_grad=True)
     peer, st, ours = torch.optim.Adam([w], lr=0.1, betas=betas, eps=eps), None, torch.zeros(5, 3)
     for g in stream(generator):
@@ -22,9 +22,9 @@ def test_the_direction_is_that_of_torch_adam(betas, eps, generator, close):
         peer.step()
         direction, st = adam_direction(g, st, betas, eps)
         ours = ours - 0.1 * direction
-        close(ours, w.detach())
-    close(st.m, peer.state[w]["exp_avg"])
-    close(st.v, peer.state[w]["exp_avg_sq"])
+        assert_close(ours, w.detach())
+    assert_close(st.m, peer.state[w]["exp_avg"])
+    assert_close(st.v, peer.state[w]["exp_avg_sq"])
     assert st.step == 7
 
 
@@ -47,15 +47,15 @@ def test_the_state_is_left_alone_and_half_precision_keeps_wide_moments(generator
     assert all(torch.equal(a, b) for a, b in zip(before, st[:2], strict=True))
 
 
-def test_an_early_step_has_unit_size_whatever_the_gradient(generator, close):
+def test_an_early_step_has_unit_size_whatever_the_gradient(generator, assert_close):
     for scale in (1e-3, 1e3):
         direction, _ = adam_direction(torch.full((4,), scale), None, eps=0.0)
-        close(direction, torch.ones(4))
+        assert_close(direction, torch.ones(4))
     assert bias_correction(1, (0.9, 0.999)) == pytest.approx(math.sqrt(0.001) / 0.1)
     assert bias_correction(100_000, (0.9, 0.999)) == pytest.approx(1)
 
 
-def test_the_limiter_lets_a_norm_grow_by_gamma_and_no_more(generator, close):
+def test_the_limiter_lets_a_norm_grow_by_gamma_and_no_more(generator, assert_close):
     norm, norms = None, []
     for g in stream(generator, 12):
         u, norm = norm_growth_limit(g * 2.0 ** len(norms), norm, gamma=1.1)
@@ -63,7 +63,7 @@ def test_the_limiter_lets_a_norm_grow_by_gamma_and_no_more(generator, close):
         norms.append(norm)
     assert all(b <= 1.1 * a * (1 + 1e-6) for a, b in pairwise(norms))
     u, norm = norm_growth_limit(torch.ones(4), 3.0)
-    close(u, torch.ones(4))
+    assert_close(u, torch.ones(4))
     assert norm_growth_limit(torch.ones(4), 0.0)[1] == 2.0  # a silent step does not stop the parameter for good
 
 

@@ -25,7 +25,7 @@ def wide_batches(generator, n):
     return [(torch.randn(16, 64, generator=generator), torch.randn(16, 20, generator=generator)) for _ in range(n)]
 
 
-def test_it_takes_the_functional_steps(net, batches, run, close):
+def test_it_takes_the_functional_steps(net, batches, run, assert_close):
     model, twin = net(), net()
     optimizer = Projected(projected_groups(model, rank=3), lr=0.02, every=2, weight_decay=0.1)
     held = {}
@@ -41,17 +41,17 @@ def test_it_takes_the_functional_steps(net, batches, run, close):
                     direction, held[name] = adam_direction(p.grad, held.get(name), eps=1e-6, eps_mode="hf")
                     new = (p - 0.02 * direction) * (1 - 0.02 * 0.1)
                 p.copy_(new)
-    close(list(model.state_dict().values()), list(twin.state_dict().values()))
+    assert_close(list(model.state_dict().values()), list(twin.state_dict().values()))
 
 
-def test_it_walks_with_galore_torch(net, batches, run, close, galore_peer):
+def test_it_walks_with_galore_torch(net, batches, run, assert_close, galore_peer):
     ours, theirs = net(), net()
     low = {"rank": 3, "update_proj_gap": 50, "scale": 0.25, "proj_type": "std"}
     rest = [theirs.up.bias, theirs.head.weight]
     groups = [{"params": [theirs.up.weight, theirs.down.weight], **low}, {"params": rest}]
     run(theirs, galore_peer(groups, lr=0.02, no_deprecation_warning=True), batches(8))
     run(ours, Projected(projected_groups(ours, rank=3), lr=0.02, every=50), batches(8))
-    close(list(ours.state_dict().values()), list(theirs.state_dict().values()))
+    assert_close(list(ours.state_dict().values()), list(theirs.state_dict().values()))
 
 
 @STATES

@@ -18,23 +18,23 @@ SHAPES = [(7, 12), (12, 7), (9, 9), (1, 5), (5, 1)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_basis_is_orthonormal_and_short(shape, generator, close):
+def test_the_basis_is_orthonormal_and_short(shape, generator, assert_close):
     sub = svd_subspace(torch.randn(shape, generator=generator), 3)
     assert sub.side == pick_side(*shape) == ("right" if shape[0] >= shape[1] else "left")
     rank = min(3, *shape)
     assert sub.basis.shape == (min(shape), rank)
-    close(sub.basis.T @ sub.basis, torch.eye(rank))
+    assert_close(sub.basis.T @ sub.basis, torch.eye(rank))
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3])
 @pytest.mark.parametrize("rank", [1, 4, 50])
-def test_the_projection_keeps_the_leading_energy(shape, rank, generator, close):
+def test_the_projection_keeps_the_leading_energy(shape, rank, generator, assert_close):
     g = torch.randn(shape, generator=generator)
     sub = svd_subspace(g, rank)
     singular = torch.linalg.svdvals(g)  # Eckart-Young: what is lost is the tail
-    close((g - unproject(project(g, sub), sub)).norm(), singular[rank:].norm())
+    assert_close((g - unproject(project(g, sub), sub)).norm(), singular[rank:].norm())
     once = unproject(project(g, sub), sub)
-    close(unproject(project(once, sub), sub), once)
+    assert_close(unproject(project(once, sub), sub), once)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -49,18 +49,18 @@ def test_adding_in_place_is_adding_what_comes_back(shape, dtype, generator):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_side_can_be_chosen(side, generator, close):
+def test_a_side_can_be_chosen(side, generator, assert_close):
     g = torch.randn(5, 8, generator=generator)
     sub = svd_subspace(g, 2, side)
     assert sub.basis.shape == ((5, 2) if side == "left" else (8, 2))
     assert project(g, sub).shape == ((2, 8) if side == "left" else (5, 2))
 
 
-def test_signs_do_not_depend_on_the_gradients_sign(generator, close):
+def test_signs_do_not_depend_on_the_gradients_sign(generator, assert_close):
     g = torch.randn(8, 6, generator=generator)
     for sub in (svd_subspace(g, 4), svd_subspace(-g, 4)):
         assert (sub.basis.gather(0, sub.basis.abs().argmax(0, keepdim=True)) > 0).all()
-    close(svd_subspace(g, 4).basis, svd_subspace(-g, 4).basis)
+    assert_close(svd_subspace(g, 4).basis, svd_subspace(-g, 4).basis)
 
 
 def test_the_basis_holds_no_more_memory_than_its_size(generator):

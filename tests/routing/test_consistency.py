@@ -42,9 +42,9 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize("m", [1, 2, 5, 21])
-def test_the_histogram_is_the_walk_over_windows(m, generator, close):
+def test_the_histogram_is_the_walk_over_windows(m, generator, assert_close):
     experts = a_trace(generator).experts[:, :, 0]
-    close(segment_sums(experts, 8, m, form="torch"), segment_sums(experts, 8, m, form="reference"))
+    assert_close(segment_sums(experts, 8, m, form="torch"), segment_sums(experts, 8, m, form="reference"))
 
 
 @pytest.mark.parametrize("m", [1, 3, 16, 21])

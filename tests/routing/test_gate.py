@@ -12,7 +12,7 @@ def test_ties_go_to_the_lower_expert():
     assert top_experts(scores, 4).tolist() == [[1, 2, 4, 3]]
 
 
-def test_the_gate_is_the_router_of_mixtral(generator, close):
+def test_the_gate_is_the_router_of_mixtral(generator, assert_close):
     transformers = pytest.importorskip("transformers")
     from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
@@ -22,23 +22,23 @@ def test_the_gate_is_the_router_of_mixtral(generator, close):
     logits, weight, index = router(torch.randn(20, 12, generator=generator))
     got = topk_gate(logits, 3)
     assert torch.equal(got.index, index)
-    close(got.weight, weight)
+    assert_close(got.weight, weight)
 
 
-def test_raw_weights_are_the_softmax_and_carry_a_gradient_at_k_one(generator, close):
+def test_raw_weights_are_the_softmax_and_carry_a_gradient_at_k_one(generator, assert_close):
     logits = torch.randn(5, 4, generator=generator, requires_grad=True)
     raw, renormalized = topk_gate(logits, 1, renormalize=False), topk_gate(logits, 1)
-    close(raw.weight, logits.softmax(-1).amax(-1, keepdim=True))
-    close(renormalized.weight, torch.ones(5, 1))
+    assert_close(raw.weight, logits.softmax(-1).amax(-1, keepdim=True))
+    assert_close(renormalized.weight, torch.ones(5, 1))
     assert torch.autograd.grad(raw.weight.sum(), logits)[0].abs().max() > 0.01
     assert torch.autograd.grad(renormalized.weight.sum(), logits)[0].abs().max() < 1e-6
 
 
-def test_load_balance_is_one_when_even_and_E_when_collapsed(close):
+def test_load_balance_is_one_when_even_and_E_when_collapsed(assert_close):
     even = torch.full((8, 4), 0.25)
-    close(load_balance(even, torch.arange(8)[:, None] % 4), torch.tensor(1.0))
+    assert_close(load_balance(even, torch.arange(8)[:, None] % 4), torch.tensor(1.0))
     one = F.one_hot(torch.zeros(8, dtype=torch.long), 4).float()
-    close(load_balance(one, torch.zeros(8, 1, dtype=torch.long)), torch.tensor(4.0))
+    assert_close(load_balance(one, torch.zeros(8, 1, dtype=torch.long)), torch.tensor(4.0))
 
 
 def test_load_balance_pushes_the_crowded_expert_down():
@@ -56,15 +56,15 @@ def dense_mixture(x, gate, w_gate, w_up, w_down):
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 13])
-def test_mix_experts_is_the_weighted_sum_and_so_are_its_gradients(tokens, generator, close):
+def test_mix_experts_is_the_weighted_sum_and_so_are_its_gradients(tokens, generator, assert_close):
     shapes = [(tokens, 5), (tokens, 4), (4, 6, 5), (4, 6, 5), (4, 5, 6)]
     leaves = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
     x, logits, *weights = leaves
     want = dense_mixture(x, topk_gate(logits, 2), *weights)
     got = mix_experts(x, topk_gate(logits, 2), *weights)
-    close(got, want)
+    assert_close(got, want)
     probe = torch.randn(want.shape, generator=generator, dtype=torch.float64)
-    close(torch.autograd.grad(got, leaves, probe), torch.autograd.grad(want, leaves, probe))
+    assert_close(torch.autograd.grad(got, leaves, probe), torch.autograd.grad(want, leaves, probe))
 
 
 def test_refusals(generator):

@@ -11,18 +11,18 @@ from memlens.routing import record, shipped
 from memlens.routing.gate import load_balance
 
 
-def test_all_experts_with_equal_weight_are_one_dense_feed_forward(generator, close):
+def test_all_experts_with_equal_weight_are_one_dense_feed_forward(generator, assert_close):
     moe, x = MoE(8, experts=4, top_k=4, hidden=6), torch.randn(2, 5, 8, generator=generator)
     torch.nn.init.zeros_(moe.router.weight)
     dense = moe.down(F.silu(moe.gate(x)) * moe.up(x)) / 4
-    close(moe(x), dense)
+    assert_close(moe(x), dense)
 
 
-def test_a_shared_expert_is_added_to_every_token(generator, close):
+def test_a_shared_expert_is_added_to_every_token(generator, assert_close):
     moe, x = MoE(8, experts=4, top_k=1, hidden=6, shared=1), torch.randn(2, 5, 8, generator=generator)
     with_shared = moe(x)
     shared, moe.shared = moe.shared, None
-    close(with_shared - moe(x), shared(x))
+    assert_close(with_shared - moe(x), shared(x))
 
 
 def test_the_router_learns_from_the_task_with_one_expert_too(generator):
@@ -32,11 +32,11 @@ def test_the_router_learns_from_the_task_with_one_expert_too(generator):
         assert all(block.ffn.router.weight.grad.abs().max() > 0 for block in model.blocks)
 
 
-def test_the_loss_adds_the_balance_of_every_layer(generator, close):
+def test_the_loss_adds_the_balance_of_every_layer(generator, assert_close):
     model, ids = build("base", generator=generator), torch.randint(4096, (1, 9), generator=generator)
     plain, pressed = (balanced_loss(weight)(model, ids[:, :-1], ids[:, 1:]) for weight in (0.0, 0.5))
     balance = sum(load_balance(block.ffn.routed[0], block.ffn.routed[1].index) for block in model.blocks)
-    close(pressed - plain, 0.5 * balance)
+    assert_close(pressed - plain, 0.5 * balance)
 
 
 def test_variants_change_one_thing():

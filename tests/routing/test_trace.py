@@ -29,7 +29,7 @@ def a_trace(generator, batch=2, tokens=9, layers=3, experts=8, k=2, labels=()):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_record_finds_the_routers_of_transformers(family, generator, close):
+def test_record_finds_the_routers_of_transformers(family, generator, assert_close):
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{family}Config")(**SMALL, **FAMILIES[family])
     torch.manual_seed(0)
@@ -39,21 +39,21 @@ def test_record_finds_the_routers_of_transformers(family, generator, close):
     want = torch.stack(model(ids, output_router_logits=True).router_logits, 1).view(2, 7, 3, 6)
     assert trace.layers == (0, 1, 2)
     assert (trace.num_experts, trace.top_k) == (6, 2)
-    close(trace.logits, want.detach())
+    assert_close(trace.logits, want.detach())
     assert torch.equal(trace.experts, want.topk(2).indices)
 
 
-def test_record_reads_our_own_mixture_and_takes_its_hooks_off(generator, close):
+def test_record_reads_our_own_mixture_and_takes_its_hooks_off(generator, assert_close):
     model = build("base", generator=generator)
     ids = torch.randint(4096, (2, 5), generator=generator)
     before = model(ids)
     trace = record(model, ids, labels=("plays", "code"))
     assert trace.experts.shape == (2, 5, 6, 2)
     routers = torch.stack([block.ffn.router.weight for block in model.blocks])
-    close(torch.einsum("btld,led->btle", trace.gate_in, routers), trace.logits)
+    assert_close(torch.einsum("btld,led->btle", trace.gate_in, routers), trace.logits)
     assert torch.equal(trace.logits.topk(2).indices, trace.experts)
     assert not any(module._forward_hooks for module in model.modules())
-    close(model(ids), before)
+    assert_close(model(ids), before)
 
 
 def test_layers_without_a_mixture_are_left_out(generator):
@@ -70,32 +70,32 @@ def test_hooks_come_off_when_the_forward_fails(generator):
 
 
 @pytest.mark.parametrize("split", ["kmeans", "random"])
-def test_all_experts_together_are_the_dense_feed_forward(split, generator, close):
+def test_all_experts_together_are_the_dense_feed_forward(split, generator, assert_close):
     mlp, x = SwiGLU(12, 48), torch.randn(7, 12, generator=generator)
     experts, router = moefy(mlp, 6, 6, split=split, generator=generator)
     assert torch.equal(experts.neurons.flatten().sort().values, torch.arange(48))
-    close(experts(x, router(x)[1]), mlp(x).detach(), rtol=0, atol=1e-5)
+    assert_close(experts(x, router(x)[1]), mlp(x).detach(), rtol=0, atol=1e-5)
 
 
-def test_the_oracle_scores_are_the_energy_and_pick_the_best_experts(generator, close):
+def test_the_oracle_scores_are_the_energy_and_pick_the_best_experts(generator, assert_close):
     mlp, x = SwiGLU(12, 48), torch.randn(7, 12, generator=generator)
     experts, router = moefy(mlp, 6, 2, split="random", generator=generator)
     hidden = torch.nn.functional.silu(mlp.gate(x)) * mlp.up(x)
     written = hidden[:, None] * mlp.down.weight  # (token, dim, neuron)
     energy = torch.stack([written[..., neurons].square().sum((1, 2)) for neurons in experts.neurons], 1)
     scores, chosen = router(x)
-    close(scores, energy.detach())
+    assert_close(scores, energy.detach())
     assert torch.equal(chosen, energy.topk(2).indices)
 
 
-def test_record_watches_a_dense_model_through_oracle_routers(generator, close):
+def test_record_watches_a_dense_model_through_oracle_routers(generator, assert_close):
     model = build("dense_first", generator=generator)
     _, router = moefy(model.blocks[0].ffn, 8, 3, generator=generator)
     ids = torch.randint(4096, (2, 5), generator=generator)
     trace = record(model, ids, router={"blocks.0.ffn": router})
     scores, chosen = router(trace.gate_in[:, :, 0].flatten(0, 1))
     assert trace.layers == (0,)
-    close(trace.logits.flatten(0, 2), scores)
+    assert_close(trace.logits.flatten(0, 2), scores)
     assert torch.equal(trace.experts.flatten(0, 2), chosen)
 
 
@@ -109,14 +109,14 @@ def test_balanced_kmeans_finds_separate_groups(generator):
     assert (kinds == kinds[:, :1]).all()
 
 
-def test_rerouting_is_recording_with_the_other_router(generator, close):
+def test_rerouting_is_recording_with_the_other_router(generator, assert_close):
     model = build("dense_first", generator=generator)
     one, other = (moefy(model.blocks[0].ffn, 8, k, generator=generator)[1] for k in (3, 2))
     ids = torch.randint(4096, (2, 5), generator=generator)
     trace, want = (record(model, ids, router={"blocks.0.ffn": router}) for router in (one, other))
     got = reroute(trace, [other])
     assert torch.equal(got.experts, want.experts)
-    close(got.logits, want.logits)
+    assert_close(got.logits, want.logits)
     assert got.top_k == 2
     with pytest.raises(ValueError, match="reroute: 2 routers"):
         reroute(trace, [one, other])

@@ -56,9 +56,9 @@ def test_{name}_refuses_a_wrong_rank():
         {name}(torch.zeros(2, 3))
 
 
-def test_{name}_equals_something_that_is_not_ours(generator, close):
+def test_{name}_equals_something_that_is_not_ours(generator, assert_close):
     x = torch.randn(2, 3, 17, 8, generator=generator)
-    close({name}(x), x.flip(-1))  # replace by autograd, SDPA, a peer, or a case by hand; red until then
+    assert_close({name}(x), x.flip(-1))  # replace by autograd, SDPA, a peer, or a case by hand; red until then
 '''
 ENTRY = """
 [{key}]
@@ -78,7 +78,7 @@ def _write(path: Path, text: str) -> Path:
 
 def _notebook(entry: Entry, fields: dict, path: Path) -> Path:
     """The template with its words filled in; the claims come from the catalogue."""
-    text = files("memlens.book").joinpath("template.ipynb").read_text(encoding="utf-8")
+    text = files("memlens.book").joinpath("template.json").read_text(encoding="utf-8")
     book = reads(text, as_version=4)
     claims = "\n".join(
         f"- {claim.text}" + (f": {claim.value:g} {claim.unit}" if claim.value is not None else "") for claim in entry.claims

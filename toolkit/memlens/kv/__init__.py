@@ -13,7 +13,9 @@ _HOMES = {
     "streaming": "policies", "tova": "policies", "scissorhands": "policies", "keyformer": "policies", "sirllm": "policies",
     "PolicyCache": "cache", "compress": "cache", "continue_with": "cache", "prefill": "cache", "stream_eval": "cache",
 }  # fmt: skip
-_MODULES = ("adapter", "budget", "cache", "policies", "score", "select", "store")
+_MODULES = (
+    "adapter", "budget", "cache", "kivi", "ksort", "mikv", "packed", "policies", "quantize", "score", "select", "storage", "store",
+)  # fmt: skip
 __all__ = [name for names in (_HOMES, _MODULES) for name in names]
 
 
