@@ -129,6 +129,7 @@ def lab(port: Annotated[int, typer.Option()] = 8888):
     from memlens.book.place import root
 
     os.chdir(root())
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # several kernels share the cores
     os.execv(sys.executable, command(port=port, open_at="notebooks/00-start-here.ipynb"))
 
 

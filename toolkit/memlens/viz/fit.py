@@ -21,18 +21,25 @@ def fit_text(figure) -> None:
                 figure.get_figheight() + taken / figure.dpi - turned[0].get_ticklabels()[0].get_size() / 72
             )
         figure.draw_without_rendering()
-        for ax in figure.axes:
-            box = ax.get_window_extent()
-            _wrap(ax.xaxis.label, box.width * 1.15, "width")
-            _wrap(ax.yaxis.label, box.height, "height")
-            _wrap(ax._left_title, box.width * 1.05, "width")
+        grown = [_wrap_all(ax) for ax in figure.axes]
+        lines = sum(map(max, zip(*grown)))
+        figure.set_figheight(figure.get_figheight() + 1.3 * lines * figure.axes[0].xaxis.label.get_size() / 72)
 
 
-def _wrap(text, room: float, side: str) -> None:
+def _wrap_all(ax) -> tuple[int, int]:
+    """Wrap the texts of one plot; how many lines its x label and its title gained."""
+    box = ax.get_window_extent()
+    _wrap(ax.yaxis.label, box.height, "height")
+    return _wrap(ax.xaxis.label, 1.05 * box.width, "width"), _wrap(ax._left_title, 1.1 * box.width, "width")
+
+
+def _wrap(text, room: float, side: str) -> int:
     words = text.get_text().replace("\n", " ")
     if not words or (long := getattr(text.get_window_extent(), side)) <= room:
-        return
+        return 0
+    before = text.get_text().count("\n")
     text.set_text(textwrap.fill(words, max(8, int(len(words) * room / long)), break_long_words=False))
+    return text.get_text().count("\n") - before
 
 
 def _spare(axis) -> bool:

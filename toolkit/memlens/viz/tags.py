@@ -11,9 +11,9 @@ from memlens.viz.tidy import Chart
 
 __all__ = ["tag_points"]
 
-NEAR, FAR = 6, 16  # points from the mark
+NEAR, FAR = 8, 16  # points from the mark
 PLACES = [
-    (side * reach, lift * reach) for reach in (NEAR, FAR) for side, lift in product((1, -1, 0), (1, -1, 0)) if side or lift
+    (side * reach, lift * reach) for reach in (NEAR, FAR) for side, lift in product((1, 0, -1), (1, -1, 0)) if side or lift
 ]
 
 
@@ -34,13 +34,13 @@ def tag_points(ax, chart: Chart) -> None:
 
 def _around(ax, x: float, y: float) -> Bbox:
     across, up = ax.transData.transform((x, y))
-    half = 4 * ax.figure.dpi / 72
+    half = 3 * ax.figure.dpi / 72
     return Bbox([[across - half, up - half], [across + half, up + half]])
 
 
 def _move(note, place: tuple[float, float]) -> Bbox:
     note.set(position=place, ha={1: "left", -1: "right", 0: "center"}[int(np.sign(place[0]))])
-    return note.get_window_extent()
+    return note.get_window_extent().padded(2)
 
 
 def _cost(box: Bbox, taken: list[Bbox], room: Bbox) -> float:
