@@ -61,7 +61,9 @@ def test_powers_of_ten_by_hand(assert_close):
     """10^-k of the maximum is nearest to its decade's last midpoint, 1 - 0.45 / 2^i of it; a linear code would give 0."""
     x = torch.tensor([3.0, 3e-3, -3e-4, 3e-5])
     back = dyn8(True).decode(dyn8(True).encode(x))
-    assert_close(back / 3, torch.tensor([1.0, (1 - 0.45 / 8) * 1e-3, -(1 - 0.45 / 4) * 1e-4, (1 - 0.45 / 2) * 1e-5]), atol=0.0)
+    assert_close(
+        back / 3, torch.tensor([1.0, (1 - 0.45 / 8) * 1e-3, -(1 - 0.45 / 4) * 1e-4, (1 - 0.45 / 2) * 1e-5]), atol=0.0
+    )
 
 
 @BOTH

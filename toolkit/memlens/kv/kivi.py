@@ -286,7 +286,7 @@ def _regroup(side: Side, rule: Rule) -> Side:
     packed, tail, _ = _pack(storage.take(_read(side, side.tail.dtype), order), rule)
     if bool((order.diff(dim=-1) > 0).all()):
         return Side(packed, tail, None)
-    return Side(packed, tail, order.to(side.slots.dtype))
+    return Side(packed, tail, order.argsort(-1).to(side.slots.dtype))
 
 
 def _rank(side: Side) -> Tensor | None:
