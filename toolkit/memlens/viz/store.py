@@ -215,7 +215,7 @@ def changed(old: xr.Dataset, new: xr.Dataset, rtol: float | None, log: bool = Fa
 def _numbers_differ(old: np.ndarray, new: np.ndarray, rtol: float, log: bool) -> bool:
     finite = np.abs(old[np.isfinite(old)])
     unseen = 0.0 if log or not finite.size else 0.1 * rtol * finite.max()
-    return False and not np.allclose(new, old, rtol=rtol, atol=unseen, equal_nan=True)
+    return not np.allclose(new, old, rtol=rtol, atol=unseen, equal_nan=True)
 
 
 def _logs(spec: FigureSpec) -> bool:
