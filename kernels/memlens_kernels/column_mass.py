@@ -141,6 +141,9 @@ def column_mass(
     return out
 
 
+ALIGNED = ("q", "k", "lse", "limit", "out", "q_b", "q_h", "q_m", "k_b", "k_h", "k_n")  # for rows of 8 numbers or more
+
+
 def _signature(kernel, dtype: str, constants: dict) -> dict[str, str]:
     pointers = {"q": dtype, "k": dtype, "lse": "*fp32", "alive": "*u8", "limit": "*fp32", "out": "*fp32", "scale": "fp32"}
     return {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
@@ -156,7 +159,7 @@ def _tile(kernel, dtype: str, dim: int, rows: int, length: int) -> Tile:
     label = f"{'column' if column else 'lse'} {dtype} D{dim} {m}x{n}"
     return Tile(
         kernel, label, _signature(kernel, f"*{dtype}", constants), constants, 4, 3,
-        2 * own * other * dim, moved, f"{rows} rows, {length} keys",
+        2 * own * other * dim, moved, f"{rows} rows, {length} keys", aligned=ALIGNED,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ contiguous; head h reads head h // group. Sources: arXiv:2006.16236, arXiv:2312.
 
 from __future__ import annotations
 
+from itertools import product as product_of
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memlens_kernels.chunk_parts import decays, load, pairs, pairs_backward, product, shared, store
-from memlens_kernels.tile import Tile
+from memlens_kernels.tile import TARGETS, Tile
 
 __all__ = ["MAX_KEY", "Plan", "linear_backward", "linear_forward", "plan", "tiles"]
 
@@ -197,9 +198,13 @@ def plan(key_dim: int, value_dim: int, *, channel: bool, dtype: torch.dtype, chu
     return Plan(max(16, min(chunk, 16 if small else 32)), 16 if value_dim <= 16 or small else 32, 4)
 
 
-def grads_plan(p: Plan, *, key_dim: int, delta: bool) -> Plan:
-    """The plan of the grads kernel, which holds three gradients of (chunk, K): narrower with w, more warps for long keys."""
-    return p._replace(value_block=16 if delta else p.value_block, warps=8 if key_dim > 64 else p.warps)
+def grads_plan(p: Plan, *, key_dim: int, dtype: torch.dtype, delta: bool, hip: bool) -> Plan:
+    """The plan of the grads kernel, which holds three gradients of (chunk, K): narrower with w, more warps for long or wide keys.
+
+    In float32 eight warps spare NVIDIA's registers; on AMD they halve them.
+    """
+    warps = 8 if key_dim > 64 or (dtype == torch.float32 and not hip) else p.warps
+    return p._replace(value_block=16 if delta else p.value_block, warps=warps)
 
 
 def _constants(q: Tensor, u: Tensor, g: Tensor | None, p: Plan) -> dict:
@@ -269,7 +274,9 @@ def linear_backward(q, k, writes, w, g, states, dout, dlast, *, scale: float, p:
     length, chunks = q.shape[2], slots - 1
     blocks = triton.cdiv(value, p.value_block)
     same, levels = _constants(q, writes, g, p), LEVELS[p.chunk]
-    wider = _constants(q, writes, g, grads_plan(p, key_dim=key, delta=w is not None))
+    wider = _constants(
+        q, writes, g, grads_plan(p, key_dim=key, dtype=q.dtype, delta=w is not None, hip=torch.version.hip is not None)
+    )
     kept = None if g is None else states.new_empty(batch, heads, chunks, key)
     g = states if g is None else g  # a pointer that DECAY = 0 never reads
     groups = {"q_group": heads // q.shape[1], "k_group": heads // k.shape[1]}
@@ -297,6 +304,9 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 NATIVE = ("q", "k", "u", "v", "dout")  # pointers to the inputs' dtype
 AT = "length 4096, one head"
 LENGTH = 4096
+DECAYS = ([], ["decay per head"], ["decay per channel"])
+AMD = ("gfx942",)
+NVIDIA = tuple(target for target in TARGETS if target not in AMD)
 
 
 def kind(name: str, dtype: str, *, delta: bool = False) -> str:
@@ -309,35 +319,32 @@ def kind(name: str, dtype: str, *, delta: bool = False) -> str:
 
 
 def tiles() -> list[Tile]:
-    """Half precision, key and value dims 64 and 128: plain, decay per head, per channel, and the delta rule with each decay."""
+    """Key and value dims 64 and 128: plain, decay per head, per channel; for bfloat16 also the delta rule with each."""
     made = []
     for dtype, dim in (("fp16", 64), ("bf16", 64), ("bf16", 128), ("fp32", 64)):
-        for decay, delta in ((0, False), (1, False), (2, False), (0, True), (1, True), (2, True)):
-            if delta and dtype != "bf16":
-                continue  # the rule adds a product to each kernel; one dtype shows its cost
-            made += [
-                _tile(name, dtype, dim, decay, delta) for name in KERNELS if not (delta and name in ("read", "written"))
-            ]
+        rules = [(decay, False) for decay in range(3)] + [(decay, True) for decay in range(3) if dtype == "bf16"]
+        for (decay, delta), name in product_of(rules, KERNELS):
+            if delta and name in ("read", "written"):  # the same kernels as without the rule
+                continue
+            split = name == "grads" and dtype == "fp32"
+            made += [_tile(name, dtype, dim, decay, delta, targets) for targets in ((NVIDIA, AMD) if split else (TARGETS,))]
     return made
 
 
-def _tile(name: str, dtype: str, dim: int, decay: int, delta: bool) -> Tile:
+def _tile(name: str, dtype: str, dim: int, decay: int, delta: bool, targets: tuple[str, ...]) -> Tile:
     kernel, p = KERNELS[name], plan(dim, dim, channel=decay == 2, dtype=DTYPES[dtype])
-    p = grads_plan(p, key_dim=dim, delta=delta) if name == "grads" else p
+    if name == "grads":
+        p = grads_plan(p, key_dim=dim, dtype=DTYPES[dtype], delta=delta, hip=targets == AMD)
     given = {
         "KEY": dim, "VALUE": dim, "BK": dim, "BV": p.value_block, "C": p.chunk, "LEVELS": LEVELS[p.chunk], "DECAY": decay,
         "DELTA": delta, "LOW": LOW[DTYPES[dtype]],
     }  # fmt: skip
     constants = {key: value for key, value in given.items() if key in kernel.arg_names}
     signature = {key: "constexpr" if key in constants else kind(key, dtype, delta=delta) for key in kernel.arg_names}
-    words = ("", "decay per head", "decay per channel")[decay]
-    label = " ".join(
-        filter(None, (dtype, f"K{dim} V{dim} chunk {p.chunk} block {p.value_block}", words, "delta" if delta else ""))
-    )
+    words = [f"{dtype} K{dim} V{dim} chunk {p.chunk} block {p.value_block}", *DECAYS[decay], *(["delta"] if delta else [])]
     at = AT if name in ("states", "d_states") else f"one chunk of {p.chunk}"
-    return Tile(
-        kernel, label, signature, constants, p.warps, 2, *_cost(name, dim, p, 4 if dtype == "fp32" else 2, decay, delta), at
-    )
+    cost = _cost(name, dim, p, 4 if dtype == "fp32" else 2, decay, delta)
+    return Tile(kernel, " ".join(words), signature, constants, p.warps, 2, *cost, at, targets)
 
 
 def _cost(name: str, dim: int, p: Plan, width: int, decay: int, delta: bool) -> tuple[int, int]:

@@ -112,7 +112,7 @@ def test_every_tile_is_named_apart():
     from memlens_kernels import linear, taylor
 
     made = linear.tiles() + taylor.tiles()
-    labels = [(tile.kernel.__name__, tile.label) for tile in made]
+    labels = [(tile.kernel.__name__, tile.label, target) for tile in made for target in tile.targets]
     assert len(set(labels)) == len(labels)
     for tile in made:
         assert set(tile.signature) == set(tile.kernel.arg_names)

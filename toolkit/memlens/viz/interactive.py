@@ -28,13 +28,21 @@ def to_holoviews(data, spec: FigureSpec):
     parts = [(chart, group, f"{number}") for number, group in enumerate(groups) for chart in group]
     columns = min(spec.columns or 3, len(parts))
     width = int(spec.width * PIXELS / columns)
-    height = int((spec.height or 0) * PIXELS) or int(min(max(0.62 * width, 300), 350))
+    height = int((spec.height or 0) * PIXELS) or max(_tall(chart, width) for chart, *_ in parts)
     size = {"width": width, "height": height}
     drawn = [_draw(chart, _colour_range(group), hv, tag, width).opts(**size) for chart, group, tag in parts]
     if len(drawn) == 1:
         return drawn[0]
     title = {"title": spec.title} if spec.title else {}
     return hv.Layout(drawn).cols(columns).opts(shared_axes=len(groups) == 1, toolbar=None, **title)
+
+
+def _tall(chart: Chart, width: int) -> int:
+    """Pixels from top to bottom; a map of few rows is low, a square one high."""
+    if chart.grid is None:
+        return int(np.clip(0.62 * width, 300, 350))
+    rows, columns = chart.grid.values.shape
+    return int(np.clip((width - 160) * rows / columns, 150, 400)) + 80
 
 
 def _colour_range(group: list[Chart]) -> tuple[float, float] | None:

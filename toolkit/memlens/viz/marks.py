@@ -113,10 +113,12 @@ def reference_lines(hv, chart: Chart, dims) -> Iterator:
     for line in chart.panel.reference or []:
         value = line["x"] if "x" in line else line["y"]
         stands = ("x" in line) != (chart.panel.plot == "bars" and chart.panel.horizontal)
-        if isinstance(value, list):
-            yield (hv.VSpan if stands else hv.HSpan)(*value).opts(color="#999999", alpha=0.18)
-            continue
         span = _extent(chart, "y" if "x" in line else "x")
+        if isinstance(value, list):
+            edges = (value[0], span[0], value[1], span[1]) if stands else (span[0], value[0], span[1], value[1])
+            band = hv.Rectangles([edges], [*dims, "x_end", "y_end"], label=line.get("label", ""))
+            yield band.opts(color="#999999", alpha=0.25, line_alpha=0)
+            continue
         ends = ([value, value], span) if stands else (span, [value, value])
         curve = hv.Curve(ends, *dims, label=line.get("label", ""))
         yield curve.opts(color="#666666", line_dash=[4, 4], line_width=1.5)
