@@ -42,11 +42,6 @@ def assert_close():
     return compare
 
 
-@pytest.fixture
-def close(assert_close):
-    return assert_close
-
-
 @pytest.fixture(scope="session")
 def smollm2():
     """(model, tokenizer) of the real model, loaded once a process."""

@@ -35,25 +35,25 @@ def _nan_buffers(monkeypatch):
 
 @pytest.mark.parametrize("length", [1, 37])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_kernels_give_the_reference_forward_and_backward(variant, length, generator, close):
+def test_kernels_give_the_reference_forward_and_backward(variant, length, generator, assert_close):
     leaves, options = inputs(variant, length, generator=generator, key_dim=20, value_dim=21, batch=1)
     want = results(linear_attention, leaves, options, form="reference")
-    close(results(linear_attention, leaves, options, form="triton"), want, rtol=1e-4, atol=5e-5)
+    assert_close(results(linear_attention, leaves, options, form="triton"), want, rtol=1e-4, atol=5e-5)
 
 
 @pytest.mark.parametrize("variant", ["decay", "channel", "channel delta"])
-def test_a_decay_that_forgets_everything(variant, generator, close):
+def test_a_decay_that_forgets_everything(variant, generator, assert_close):
     leaves, options = inputs(variant, 33, generator=generator, batch=1, heads=2, kv_heads=1, strong=True)
     want = results(linear_attention, leaves, options, form="reference")
-    close(results(linear_attention, leaves, options, form="triton"), want, rtol=1e-4, atol=5e-5)
+    assert_close(results(linear_attention, leaves, options, form="triton"), want, rtol=1e-4, atol=5e-5)
 
 
-def test_a_head_reads_the_group_it_belongs_to(generator, close):
+def test_a_head_reads_the_group_it_belongs_to(generator, assert_close):
     """Queries and values with fewer heads than the keys, a batch of two."""
     q, k, v = (torch.randn(2, heads, 19, 8, generator=generator) for heads in (2, 6, 3))
     want = linear_attention(q, k, v, form="reference")
     got = linear_attention(q, k, v, form="triton")
-    close((got[0], got[1].S), (want[0], want[1].S))
+    assert_close((got[0], got[1].S), (want[0], want[1].S))
 
 
 @pytest.mark.parametrize("variant", ["decay", "channel", "delta"])
@@ -80,7 +80,7 @@ def from_state(q, k, v, *, state, form):
 
 
 @pytest.mark.parametrize("length, dim", [(1, 16), (37, 5)])
-def test_the_taylor_kernel_gives_the_reference(length, dim, generator, close):
+def test_the_taylor_kernel_gives_the_reference(length, dim, generator, assert_close):
     def draw(*shape):
         return torch.randn(*shape, generator=generator)
 
@@ -94,10 +94,10 @@ def test_the_taylor_kernel_gives_the_reference(length, dim, generator, close):
     }
     leaves = {name: x.requires_grad_() for name, x in leaves.items()}
     want, got = (results(from_state, leaves, {}, form=form) for form in ("reference", "triton"))
-    close(got, want, rtol=1e-4, atol=5e-5)
+    assert_close(got, want, rtol=1e-4, atol=5e-5)
 
 
-def test_the_state_of_one_form_goes_on_in_another(generator, close):
+def test_the_state_of_one_form_goes_on_in_another(generator, assert_close):
     q, k, v = (torch.randn(1, 2, 30, 6, generator=generator) for _ in range(3))
     want, last = taylor_attention(q, k, v, form="reference")
     parts, state = [], None
@@ -105,7 +105,7 @@ def test_the_state_of_one_form_goes_on_in_another(generator, close):
         out, state = taylor_attention(q[:, :, part], k[:, :, part], v[:, :, part], state=state, form=form)
         assert isinstance(state, LinearState)
         parts.append(out)
-    close((torch.cat(parts, 2), *state), (want, *last))
+    assert_close((torch.cat(parts, 2), *state), (want, *last))
 
 
 def test_every_tile_is_named_apart():

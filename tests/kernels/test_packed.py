@@ -64,14 +64,14 @@ def test_packing_writes_every_output_and_nothing_beside_it(shape, axis, generato
 @pytest.mark.parametrize("dim, value_dim, group", [(64, 32, 32), (48, 48, 16)])
 @DTYPES
 def test_decode_is_attention_over_what_was_packed(
-    dtype, key_bits, value_bits, axis, dim, value_dim, group, generator, close
+    dtype, key_bits, value_bits, axis, dim, value_dim, group, generator, assert_close
 ):
     if group * min(key_bits if axis == -1 else 32, value_bits) % 32:
         pytest.skip("a group that does not fill a word is refused, see below")
     q, k, v, tokens = packed_case(dtype, key_bits, value_bits, axis, dim, value_dim, group, generator)
     got = packed_attend(q, k, v, tokens=tokens, form="triton")
     keys, values = dequantize(k, dtype)[:, :, :tokens], dequantize(v, dtype)[:, :, :tokens]
-    close(got, attend(q, keys, values, causal=False, return_lse=True), **({} if dtype == torch.float32 else HALF))
+    assert_close(got, attend(q, keys, values, causal=False, return_lse=True), **({} if dtype == torch.float32 else HALF))
 
 
 HALF = {"rtol": 5e-3, "atol": 5e-3}  # the scales go into q before the product, which is one more rounding
@@ -86,7 +86,7 @@ def packed_case(dtype, key_bits, value_bits, axis, dim, value_dim, group, genera
 
 @pytest.mark.parametrize("tokens, span", [(1, 128), (128, 128), (129, 128), (300, 128), (300, 512)])
 @pytest.mark.parametrize("rows", [1, 3, 17])
-def test_spans_are_merged_and_every_output_is_written(tokens, span, rows, generator, close):
+def test_spans_are_merged_and_every_output_is_written(tokens, span, rows, generator, assert_close):
     from memlens.attention.merge import merge_many
     from memlens_kernels.packed import decode_packed
 
@@ -99,42 +99,44 @@ def test_spans_are_merged_and_every_output_is_written(tokens, span, rows, genera
     assert not bool(out.isnan().any() | lse.isnan().any())
     assert bool((lse[-(-tokens // span) :] == -torch.inf).all())
     want = attend(q, dequantize(k)[:, :, :tokens], dequantize(v)[:, :, :tokens], causal=False, scale=0.3, return_lse=True)
-    close(merge_many(list(zip(out, lse, strict=True))), want)
+    assert_close(merge_many(list(zip(out, lse, strict=True))), want)
 
 
 @DTYPES
-def test_holes_and_values_in_another_order(dtype, generator, close):
+def test_holes_and_values_in_another_order(dtype, generator, assert_close):
     q, k, v, _ = packed_case(dtype, 2, 2, -2, 64, 64, 32, generator)
     rank = torch.stack([torch.randperm(96, generator=generator) for _ in range(4)]).view(2, 2, 96).to(torch.int32)
     rank = torch.where(rank < 70, rank, -1)
     rank[0, 0, :5] = 500  # beyond the values: not there either
     count = int((rank[0, 0] >= 0).sum())
     got = packed_attend(q, k, v, tokens=70, rank=rank, form="triton")
-    close(got, packed_attend(q, k, v, tokens=70, rank=rank, form="torch"), **({} if dtype == torch.float32 else HALF))
+    assert_close(
+        got, packed_attend(q, k, v, tokens=70, rank=rank, form="torch"), **({} if dtype == torch.float32 else HALF)
+    )
     assert count >= 60
 
 
 @DTYPES
 @pytest.mark.parametrize("length", [20, 64, 131])
-def test_kivi_and_mikv_attend_through_the_kernel(dtype, length, generator, close):
+def test_kivi_and_mikv_attend_through_the_kernel(dtype, length, generator, assert_close):
     q = torch.randn(1, 6, 2, 64, generator=generator).to(dtype)
     k, v = (torch.randn(1, 2, length, 64, generator=generator).to(dtype) for _ in range(2))
     slack = {} if dtype == torch.float32 else HALF
     state = kivi(2, group=32, residual=32).commit(None, k, v)
-    close(kivi_attend(q, state, form="triton"), kivi_attend(q, state, form="reference"), **slack)
+    assert_close(kivi_attend(q, state, form="triton"), kivi_attend(q, state, form="reference"), **slack)
     fmt = mixed(0.2, hi=8, lo=2)
     held = fmt.commit(None, k, v, score=torch.rand(1, 2, length, generator=generator), query_peak=q.abs().amax(2)[:, :2])
-    close(fmt.attend(q, held, form="triton"), fmt.attend(q, held, form="reference"), **slack)
+    assert_close(fmt.attend(q, held, form="triton"), fmt.attend(q, held, form="reference"), **slack)
 
 
-def test_a_state_with_holes_attends_through_the_kernel(generator, close):
+def test_a_state_with_holes_attends_through_the_kernel(generator, assert_close):
     fmt, q = kivi(4, group=16, residual=32), torch.randn(1, 4, 1, 32, generator=generator)
     k, v = (torch.randn(1, 2, 121, 32, generator=generator) for _ in range(2))
     held = fmt.commit(None, k[:, :, :120], v[:, :, :120])
     idx = torch.rand(1, 2, 121, generator=generator).topk(100, -1).indices.sort(-1).values
     held = fmt.commit(held, k[:, :, 120:], v[:, :, 120:], idx)
     assert held.k.slots is not None
-    close(kivi_attend(q, held, form="triton"), kivi_attend(q, held, form="reference"))
+    assert_close(kivi_attend(q, held, form="triton"), kivi_attend(q, held, form="reference"))
 
 
 def test_what_the_kernel_does_not_take_is_refused(generator):

@@ -47,7 +47,7 @@ def test_what_a_policy_gives_up_is_freed(llama):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_fork_goes_its_own_way(name, llama, close):
+def test_a_fork_goes_its_own_way(name, llama, assert_close):
     ids = prompt(LENGTH + 2)
     _, cache, _ = prefill(llama, ids[:, :LENGTH], PRESETS[name](BUDGET))
     twin, bytes_before = cache.fork(), cache.nbytes()
@@ -56,17 +56,17 @@ def test_a_fork_goes_its_own_way(name, llama, close):
     assert cache.get_seq_length() == LENGTH
     assert cache.nbytes() == bytes_before
     if name != "random":  # a fork shares the generator
-        close(continue_with(llama, cache, ids[:, LENGTH:]), want)
+        assert_close(continue_with(llama, cache, ids[:, LENGTH:]), want)
 
 
-def test_several_questions_share_one_context(llama, close):
+def test_several_questions_share_one_context(llama, assert_close):
     _, cache, _ = prefill(llama, prompt(LENGTH), snapkv(BUDGET, window=3))
     questions = prompt(4, rows=3)
     together = cache.fork()
     together.batch_repeat_interleave(3)
     got = continue_with(llama, together, questions)
     for row in range(3):
-        close(got[row : row + 1], continue_with(llama, cache.fork(), questions[row : row + 1]))
+        assert_close(got[row : row + 1], continue_with(llama, cache.fork(), questions[row : row + 1]))
 
 
 def test_several_turns_continue_one_conversation(llama):
@@ -86,7 +86,7 @@ def test_several_turns_continue_one_conversation(llama):
         logits = continue_with(llama, loop, token.view(1, 1))
 
 
-def test_rolling_attends_at_positions_without_gaps(llama, close):
+def test_rolling_attends_at_positions_without_gaps(llama, assert_close):
     """Under `rolling`, a decode step equals one on a text in which the lost tokens never had a place."""
     ids = prompt(LENGTH)
     policy = streaming(BUDGET, sinks=2)._replace(rolling=True)
@@ -99,7 +99,7 @@ def test_rolling_attends_at_positions_without_gaps(llama, close):
     for layer in cache_2.layers:
         held = torch.tensor([0, 1, *range(LENGTH - BUDGET + 2, LENGTH)])
         layer.keys = shift(layer.keys, torch.arange(BUDGET) - held, inv_freq)
-    close(got, continue_with(llama, cache_2, ids[:, -1:], pos0=BUDGET))
+    assert_close(got, continue_with(llama, cache_2, ids[:, -1:], pos0=BUDGET))
     assert (
         float((got - continue_with(llama, prefill(llama, ids, streaming(BUDGET, sinks=2)).cache, ids[:, -1:])).abs().max())
         > 1e-3
@@ -135,7 +135,7 @@ def test_another_model_is_refused(llama):
         continue_with(other, cache, prompt(1))
 
 
-def test_an_interrupted_forward_is_noticed_and_reset_starts_again(llama, close):
+def test_an_interrupted_forward_is_noticed_and_reset_starts_again(llama, assert_close):
     ids = prompt(LENGTH)
     _, cache, _ = prefill(llama, ids, h2o(5, 4))
     spare = cache.fork()
@@ -146,10 +146,10 @@ def test_an_interrupted_forward_is_noticed_and_reset_starts_again(llama, close):
     with pytest.raises(RuntimeError, match="cut short"):
         continue_with(llama, cache, ids[:, :1])
     want = continue_with(llama, prefill(llama, ids, h2o(5, 4)).cache, ids[:, :1])
-    close(continue_with(llama, spare, ids[:, :1]), want)
+    assert_close(continue_with(llama, spare, ids[:, :1]), want)
     cache.reset()
     continue_with(llama, cache, ids)
-    close(continue_with(llama, cache, ids[:, :1]), want)
+    assert_close(continue_with(llama, cache, ids[:, :1]), want)
 
 
 @pytest.mark.parametrize("mask", [[1, 1, 1, 0], [0, 1, 0, 1]])
@@ -193,9 +193,9 @@ def test_doors_check_what_they_are_given(llama):
         compress(prefill(llama, prompt(5)), h2o(1, 1))
 
 
-def test_a_stream_gives_the_logits_from_start_on(llama, close):
+def test_a_stream_gives_the_logits_from_start_on(llama, assert_close):
     ids = prompt(LENGTH)
     with torch.no_grad():
         want = llama(ids).logits
     for chunk, start in ((1, 0), (5, 7), (LENGTH, 22), (4, 8)):
-        close(stream_eval(llama, ids, chunk=chunk, start=start), want[:, start:])
+        assert_close(stream_eval(llama, ids, chunk=chunk, start=start), want[:, start:])

@@ -15,11 +15,11 @@ def plain(model, ids):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_full_budget_changes_nothing(name, model, close):
+def test_a_full_budget_changes_nothing(name, model, assert_close):
     ids = prompt(LENGTH + 6, rows=2)
     logits, cache, _ = prefill(model, ids[:, :LENGTH], PRESETS[name](LENGTH + 6))
     rest = [continue_with(model, cache, ids[:, i : i + 1]) for i in range(LENGTH, LENGTH + 6)]
-    close(torch.cat((logits[:, None], *rest), 1), plain(model, ids)[:, LENGTH - 1 :])
+    assert_close(torch.cat((logits[:, None], *rest), 1), plain(model, ids)[:, LENGTH - 1 :])
     assert cache.held == [LENGTH + 6] * 3
 
 
@@ -52,11 +52,11 @@ def test_protected_tokens_are_never_lost(name, llama):
 
 
 @pytest.mark.parametrize("name", sorted(set(PRESETS) - ROLLING))
-def test_an_evicted_cache_is_dense_attention_under_the_same_mask(name, model, dense, close):
+def test_an_evicted_cache_is_dense_attention_under_the_same_mask(name, model, dense, assert_close):
     ids = prompt(LENGTH + 5, rows=2)
     parts = [ids[:, :LENGTH], *ids[:, LENGTH:].split(1, 1)]
     got, want = dense(model, PolicyCache(model.config, PRESETS[name](BUDGET)), parts)
-    close(got, want)
+    assert_close(got, want)
     assert float((want - plain(model, ids))[:, LENGTH:].abs().max()) > 1e-3  # the mask did take something away
 
 
@@ -68,29 +68,29 @@ def test_a_run_repeats(name, llama):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_chunks_equal_one_forward_while_nothing_is_evicted(name, llama, close):
+def test_chunks_equal_one_forward_while_nothing_is_evicted(name, llama, assert_close):
     ids = prompt(LENGTH)
     logits, whole, _ = prefill(llama, ids, PRESETS[name](LENGTH + 1))
     again, parts, _ = prefill(llama, ids, PRESETS[name](LENGTH + 1), chunk=5)
-    close(again, logits)
+    assert_close(again, logits)
     for one, two in zip(whole.state, parts.state, strict=True):
         if name not in DRAWN:  # draws come block by block
-            close(two.stream.score, one.stream.score)
+            assert_close(two.stream.score, one.stream.score)
         assert torch.equal(two.stream.pos, one.stream.pos)
 
 
 @pytest.mark.parametrize("name", sorted(ONCE))
-def test_a_prompt_in_chunks_is_compressed_like_one_forward(name, llama, close):
+def test_a_prompt_in_chunks_is_compressed_like_one_forward(name, llama, assert_close):
     ids = prompt(LENGTH)
     _, whole, _ = prefill(llama, ids, PRESETS[name](BUDGET))
     _, parts, _ = prefill(llama, ids, PRESETS[name](BUDGET), chunk=4)
     for layer in range(3):
         assert torch.equal(whole.positions(layer), parts.positions(layer))
-        close(parts.layers[layer].keys, whole.layers[layer].keys)
+        assert_close(parts.layers[layer].keys, whole.layers[layer].keys)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_compress_equals_prefill_under_the_policy(name, model, close):
+def test_compress_equals_prefill_under_the_policy(name, model, assert_close):
     ids = prompt(LENGTH, rows=2)
     direct = prefill(model, ids, PRESETS[name](BUDGET)).cache
     if direct.policy.hears:
@@ -101,11 +101,11 @@ def test_compress_equals_prefill_under_the_policy(name, model, close):
     assert late.held == direct.held
     for layer in range(3):
         assert torch.equal(late.positions(layer), direct.positions(layer))
-    close(continue_with(model, late, prompt(3, 2)), continue_with(model, direct, prompt(3, 2)))
+    assert_close(continue_with(model, late, prompt(3, 2)), continue_with(model, direct, prompt(3, 2)))
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_padded_batch_equals_its_rows_alone(name, model, close):
+def test_a_padded_batch_equals_its_rows_alone(name, model, assert_close):
     lengths = (LENGTH, LENGTH - 5, LENGTH - 11, LENGTH - 15)  # the last holds fewer tokens than the budget
     rows = [prompt(n, seed=n) for n in lengths]
     ids = torch.cat([torch.nn.functional.pad(row, (LENGTH - row.shape[1], 0)) for row in rows])
@@ -121,7 +121,7 @@ def test_a_padded_batch_equals_its_rows_alone(name, model, close):
             continue  # each row of a batch has draws of its own
         logits, single, _ = prefill(model, alone, PRESETS[name](BUDGET))
         want = [logits[:, None]] + [continue_with(model, single, steps[row : row + 1, i : i + 1]) for i in range(4)]
-        close(torch.cat(got, 1)[row : row + 1], torch.cat(want, 1), rtol=1e-4, atol=1e-4)
+        assert_close(torch.cat(got, 1)[row : row + 1], torch.cat(want, 1), rtol=1e-4, atol=1e-4)
     real = (cache.positions(0) >= 0).sum(-1)
     growth = 4 if name in ONCE else 0
     assert real[0].tolist() == [BUDGET + growth] * 2
@@ -182,8 +182,8 @@ def test_layers_may_have_budgets_of_their_own(name):
         prefill(model, prompt(5), policy._replace(budget=(12, 8)))
 
 
-def test_full_keeps_everything(llama, close):
+def test_full_keeps_everything(llama, assert_close):
     ids = prompt(LENGTH)
     logits, cache, _ = prefill(llama, ids, full(), chunk=7)
-    close(logits, plain(llama, ids)[:, -1])
+    assert_close(logits, plain(llama, ids)[:, -1])
     assert cache.held == [LENGTH] * 3

@@ -36,12 +36,12 @@ def scored(policy, q, k, v, blocks=(0,)):
 
 @pytest.mark.parametrize("form", ["reference", "torch"])
 @pytest.mark.parametrize("group", ["mean", "max", "sum"])
-def test_gumbel_mass_is_the_softmax_written_out(form, group, close):
+def test_gumbel_mass_is_the_softmax_written_out(form, group, assert_close):
     q, k, _ = qkv(21, rows=2)
     noise, tau = torch.randn(2, 4, 21, 21, generator=generator(3)), torch.linspace(0.5, 2, 21)
     sums = softmax(q, k, noise, tau[:, None]).sum(2).unflatten(1, (2, 2))
     want = {"mean": sums.mean(2), "sum": sums.sum(2), "max": sums.amax(2)}[group]
-    close(gumbel_mass(q, k, tau=tau, noise=noise, group=group, form=form), want)
+    assert_close(gumbel_mass(q, k, tau=tau, noise=noise, group=group, form=form), want)
 
 
 def test_zero_noise_at_temperature_one_is_h2o_bit_for_bit():
@@ -56,7 +56,7 @@ def test_zero_noise_at_temperature_one_is_h2o_bit_for_bit():
     assert not torch.equal(scored(loud, q, k, v)[0].stream.score, theirs)
 
 
-def test_a_cold_noisy_softmax_is_a_draw_from_the_plain_one(close):
+def test_a_cold_noisy_softmax_is_a_draw_from_the_plain_one(assert_close):
     """Gumbel-max: at tau -> 0 the mean over draws is P; at tau = 1 it is flatter."""
     q, k, _ = qkv(8)
     many, draw = 4000, generator(5)
@@ -64,26 +64,26 @@ def test_a_cold_noisy_softmax_is_a_draw_from_the_plain_one(close):
     q, k = (x.expand(many, -1, -1, -1) for x in (q, k))
     want = softmax(q[:1], k[:1]).sum(2).unflatten(1, (2, 2)).mean(2)
     cold, warm = (gumbel_mass(q, k, tau=tau, noise=noise).mean(0, keepdim=True) for tau in (1e-3, 1.0))
-    close(cold, want, rtol=0, atol=0.05)
+    assert_close(cold, want, rtol=0, atol=0.05)
     assert float((warm - want).abs().max()) > 0.1
     uniform = torch.ones(8, 8).tril().div(torch.arange(1, 9)[:, None]).sum(0)
     assert float((warm - uniform).abs().sum()) < float((want - uniform).abs().sum())
 
 
-def test_an_infinite_temperature_is_uniform(close):
+def test_an_infinite_temperature_is_uniform(assert_close):
     q, k, _ = qkv(12)
     noise = torch.randn(1, 4, 12, 12, generator=generator())
     uniform = torch.ones(12, 12).tril().div(torch.arange(1, 13)[:, None]).sum(0)
-    close(gumbel_mass(q, k, tau=1e8, noise=noise), uniform.expand(1, 2, 12))
+    assert_close(gumbel_mass(q, k, tau=1e8, noise=noise), uniform.expand(1, 2, 12))
 
 
-def test_the_temperature_rises_by_one_step_for_each_row_after_the_prompt(close):
+def test_the_temperature_rises_by_one_step_for_each_row_after_the_prompt(assert_close):
     q, k, v = qkv(14)
     policy = keyformer(14, generator=generator(), noise=0.0, tau_init=0.5, tau_delta=0.25)
     tau = torch.tensor([0.5] * 9 + [0.75, 1.0, 1.25, 1.5, 1.75])
     want = softmax(q, k, tau=tau[:, None]).sum(2).unflatten(1, (2, 2)).mean(2)
     for blocks in ((0, 9), (0, 9, 10, 12)):
-        close(scored(policy, q, k, v, blocks)[0].stream.score, want)
+        assert_close(scored(policy, q, k, v, blocks)[0].stream.score, want)
 
 
 def test_noise_is_fresh_for_rows_and_heads_and_repeats_with_its_seed():
@@ -182,14 +182,14 @@ def test_persistence_of_identical_halves_is_one():
 # --- SirLLM --------------------------------------------------------------------------------------------------------
 
 
-def test_scores_are_the_teacher_forced_nll_of_one_forward(model, close):
+def test_scores_are_the_teacher_forced_nll_of_one_forward(model, assert_close):
     ids = prompt(20, rows=2)
     with torch.no_grad():
         want = surprisal(model(ids).logits, ids)
     for chunk in (None, 1, 6):
         cache = prefill(model, ids, sirllm(start=2, entropy=30), chunk).cache
         for layer in range(3):
-            close(cache.state[layer].stream.score, want[:, None].expand(-1, 2, -1))
+            assert_close(cache.state[layer].stream.score, want[:, None].expand(-1, 2, -1))
 
 
 def test_all_layers_and_heads_hold_the_same_positions(llama):
@@ -208,7 +208,7 @@ def test_the_most_surprising_tokens_stay(llama):
     assert cache.positions(0)[0, 0, 2:7].tolist() == sorted((nll.topk(5).indices + 2).tolist())
 
 
-def test_decay_applied_t_times_is_eta_to_the_t(llama, close):
+def test_decay_applied_t_times_is_eta_to_the_t(llama, assert_close):
     ids = prompt(40)
     whole = prefill(llama, ids[:, :20], sirllm(start=4, entropy=16), None).cache
     first = dict(zip(whole.positions(0)[0, 0].tolist(), whole.state[0].stream.score[0, 0].tolist(), strict=True))
@@ -221,7 +221,7 @@ def test_decay_applied_t_times_is_eta_to_the_t(llama, close):
                 assert score == pytest.approx(first[pos] * 0.8 ** (step + 1), rel=1e-4)
 
 
-def test_the_caller_gets_the_logits_that_were_asked_for(llama, close):
+def test_the_caller_gets_the_logits_that_were_asked_for(llama, assert_close):
     ids = prompt(12)
     for policy in (sirllm(start=2, entropy=30), h2o(16, 16)):
         logits, cache, _ = prefill(llama, ids, policy)
@@ -229,19 +229,19 @@ def test_the_caller_gets_the_logits_that_were_asked_for(llama, close):
         assert (logits.shape, more.shape) == ((1, 61), (1, 2, 61))
         if policy.hears:
             kept = logits, more
-    close(kept[0], logits)
-    close(kept[1], more)
+    assert_close(kept[0], logits)
+    assert_close(kept[1], more)
     assert not {**llama._forward_hooks, **llama._forward_pre_hooks}
     assert stream_eval(llama, ids, sirllm(start=2, entropy=4), chunk=5, start=7).shape == (1, 5, 61)
 
 
-def test_forks_and_repeated_rows_carry_what_was_heard(llama, close):
+def test_forks_and_repeated_rows_carry_what_was_heard(llama, assert_close):
     cache = prefill(llama, prompt(20), sirllm(start=2, entropy=8)).cache
     twin = cache.fork()
     twin.batch_repeat_interleave(3)
     rows = continue_with(llama, twin, prompt(4).expand(3, -1))
-    close(rows, continue_with(llama, cache, prompt(4)).expand(3, -1, -1))
-    close(twin.state[2].stream.score, cache.state[2].stream.score.expand(3, -1, -1))
+    assert_close(rows, continue_with(llama, cache, prompt(4)).expand(3, -1, -1))
+    assert_close(twin.state[2].stream.score, cache.state[2].stream.score.expand(3, -1, -1))
     cache.reset()
     assert cache.last_logits is None
 

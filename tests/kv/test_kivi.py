@@ -45,12 +45,12 @@ def test_what_is_packed_is_within_half_a_step(kv):
 
 
 @pytest.mark.parametrize("form", ["reference", "torch"])
-def test_eight_bits_are_near_and_sixteen_exact(form, kv, generator, close):
+def test_eight_bits_are_near_and_sixteen_exact(form, kv, generator, assert_close):
     q = torch.randn(2, 4, 1, 16, generator=generator)
     want = attend(q, *kv, causal=False, return_lse=True)
     near = kivi_attend(q, kivi_prefill(*kv, 8, GROUP, RESIDUAL), form=form)
     assert float((near.out - want.out).norm() / want.out.norm()) < 1e-2
-    close(kivi_attend(q, kivi_prefill(*kv, 16, GROUP, RESIDUAL), form=form), want)
+    assert_close(kivi_attend(q, kivi_prefill(*kv, 16, GROUP, RESIDUAL), form=form), want)
 
 
 def test_a_large_channel_is_kinder_to_keys_grouped_along_the_tokens(kv):

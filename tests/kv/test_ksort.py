@@ -13,12 +13,12 @@ from memlens.models.hooks import attention_modules, use_attention
 from memlens.quant.blockfloat import bfp
 
 
-def test_the_table_is_ordinary_rope(generator, close):
+def test_the_table_is_ordinary_rope(generator, assert_close):
     x, inv = torch.randn(2, 3, 5, 8, generator=generator), frequencies(8)
-    close(rotate(x, torch.arange(5), rope_table(inv)), rope(x, torch.arange(5), inv))
+    assert_close(rotate(x, torch.arange(5), rope_table(inv)), rope(x, torch.arange(5), inv))
 
 
-def test_any_order_leaves_every_product_alone(generator, close):
+def test_any_order_leaves_every_product_alone(generator, assert_close):
     hidden, dim, length = 12, 8, 7
     wq, wk = torch.randn(4 * dim, hidden, generator=generator), torch.randn(2 * dim, hidden, generator=generator)
     perm = torch.stack([torch.randperm(dim, generator=generator) for _ in range(2)])
@@ -32,13 +32,13 @@ def test_any_order_leaves_every_product_alone(generator, close):
 
     table = rope_table(frequencies(dim))
     moved = apply_channel_permutation(wq, wk, perm, table)
-    close(scores(*moved), scores(wq, wk, table))
+    assert_close(scores(*moved), scores(wq, wk, table))
     back = apply_channel_permutation(moved[0], moved[1], perm.argsort(-1), table)
     assert torch.equal(back[0], wq)
     assert torch.equal(back[1], wk)
 
 
-def test_a_permuted_model_gives_the_same_logits(llama, close):
+def test_a_permuted_model_gives_the_same_logits(llama, assert_close):
     """Queries and keys are made anew from permuted weights, in every layer."""
     ids, order, modules = prompt(20), ksort(llama), attention_modules(llama)
     table, inputs = rope_table(frequencies(8)), {}
@@ -59,7 +59,7 @@ def test_a_permuted_model_gives_the_same_logits(llama, close):
             got = llama(ids, use_cache=False).logits
     for hook in hooks:
         hook.remove()
-    close(got, want, rtol=1e-4, atol=1e-4)
+    assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_the_order_is_by_norm_per_head():

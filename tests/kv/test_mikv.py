@@ -31,27 +31,27 @@ def test_the_balancer_by_hand_and_on_a_zero_channel():
     assert channel_balancer(q, k).tolist() == [[[2.0, 1.0]]]
 
 
-def test_the_balancer_changes_no_product_and_ignores_scale(kv, generator, close):
+def test_the_balancer_changes_no_product_and_ignores_scale(kv, generator, assert_close):
     k, _ = kv
     q = torch.randn(2, 4, 9, 16, generator=generator)
     b = channel_balancer(q, k)
     wide = b.repeat_interleave(2, 1)[:, :, None]
     scores = torch.einsum("bhqd,bhkd->bhqk", q, k.repeat_interleave(2, 1))
     balanced = torch.einsum("bhqd,bhkd->bhqk", q / wide, (k * b[:, :, None]).repeat_interleave(2, 1))
-    close(balanced, scores)
+    assert_close(balanced, scores)
     c = 2.0 ** torch.randint(-3, 4, (16,), generator=generator)
     scaled = channel_balancer(q / c, k * c)
-    close(scaled * c, b)
+    assert_close(scaled * c, b)
     one, two = (affine_quantize(x, 2, axis=-1, group=8).codes for x in (k * b[:, :, None], k * c * scaled[:, :, None]))
     assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("fmt", [mixed(0.3, hi=16, lo=16), mixed(1.0, hi=16, lo=2)], ids=["16 bits", "all important"])
-def test_exact_in_the_limits(fmt, kv, generator, close):
+def test_exact_in_the_limits(fmt, kv, generator, assert_close):
     q = torch.randn(2, 4, 2, 16, generator=generator)
     score = torch.rand(2, 2, 40, generator=generator)
     held = fmt.commit(None, *kv, score=score, query_peak=q.abs().amax(2)[:, :2])
-    close(fmt.attend(q, held), attend(q, *kv, causal=False, return_lse=True))
+    assert_close(fmt.attend(q, held), attend(q, *kv, causal=False, return_lse=True))
 
 
 @pytest.mark.parametrize("hi", [16, 8])
@@ -82,10 +82,10 @@ def test_important_tokens_are_those_of_the_score(kv, generator):
     assert torch.equal(held.high[0], storage.take(kv[0], held.important))
 
 
-def test_nothing_kept_low_is_h2o(llama, close):
+def test_nothing_kept_low_is_h2o(llama, assert_close):
     ids = prompt(30)
     one, two = (prefill(llama, ids[:, :25], policy).cache for policy in (mikv(0.4, lo=0, prompt=25), h2o(5, 5)))
-    close(continue_with(llama, one, ids[:, 25:]), continue_with(llama, two, ids[:, 25:]))
+    assert_close(continue_with(llama, one, ids[:, 25:]), continue_with(llama, two, ids[:, 25:]))
     assert one.held == two.held == [10] * 3
 
 

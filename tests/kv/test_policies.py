@@ -18,12 +18,12 @@ def run(policy, q, k, v, start=0):
     return policy.observe(policy.init(layers=1), 0, q, k, v, start)
 
 
-def test_h2o_sums_every_row_and_forgets_what_it_evicts(close):
+def test_h2o_sums_every_row_and_forgets_what_it_evicts(assert_close):
     q, k, v = qkv(12)
     policy = h2o(3, 2)
     state = run(policy, q[:, :, :10], k[:, :, :10], v[:, :, :10])
     mass = column_mass(q[:, :, :10], k[:, :, :10])
-    close(state[0].stream.score, mass)
+    assert_close(state[0].stream.score, mass)
     idx = policy.plan(state, 0, 10)
     for head in range(2):
         best = sorted(range(8), key=lambda j: (-float(mass[0, head, j]), j))[:3]
@@ -31,32 +31,32 @@ def test_h2o_sums_every_row_and_forgets_what_it_evicts(close):
     state = policy.took(state, 0, idx)
     held = torch.cat((k[:, :, :10].gather(2, idx[..., None].expand(-1, -1, -1, 8)), k[:, :, 10:11]), 2)
     state = policy.observe(state, 0, q[:, :, 10:11], held, held, 5)
-    close(state[0].stream.score[..., :5], mass.gather(-1, idx) + column_mass(q[:, :, 10:11], held)[..., :5])
+    assert_close(state[0].stream.score[..., :5], mass.gather(-1, idx) + column_mass(q[:, :, 10:11], held)[..., :5])
 
 
-def test_scores_of_one_forward_sum_to_the_rows(close):
+def test_scores_of_one_forward_sum_to_the_rows(assert_close):
     q, k, v = qkv(20)
-    close(run(h2o(3, 2, group="sum"), q, k, v)[0].stream.score.sum(-1), torch.full((1, 2), 40.0))
-    close(run(h2o(3, 2), q, k, v)[0].stream.score.sum(-1), torch.full((1, 2), 20.0))
+    assert_close(run(h2o(3, 2, group="sum"), q, k, v)[0].stream.score.sum(-1), torch.full((1, 2), 40.0))
+    assert_close(run(h2o(3, 2), q, k, v)[0].stream.score.sum(-1), torch.full((1, 2), 20.0))
 
 
-def test_h2o_in_blocks_has_the_same_state_while_nothing_goes(close):
+def test_h2o_in_blocks_has_the_same_state_while_nothing_goes(assert_close):
     q, k, v = qkv(20)
     for group in ("mean", "max"):
         policy = h2o(10, 10, group=group)
         state = run(policy, q[:, :, :7], k[:, :, :7], v[:, :, :7])
         state = policy.observe(state, 0, q[:, :, 7:], k, v, 7)
-        close(state[0].stream.score, run(policy, q, k, v)[0].stream.score)
+        assert_close(state[0].stream.score, run(policy, q, k, v)[0].stream.score)
 
 
-def test_snapkv_by_hand(close):
+def test_snapkv_by_hand(assert_close):
     q, k, v = qkv(20)
     k[:, :, 16] = 3 * q.unflatten(1, (2, 2)).mean(2)[:, :, -4:].mean(2)  # a hit in the window must not lift its neighbour
     policy = snapkv(9, window=4, kernel=3)
     state = run(policy, q, k, v)
     votes = column_mass(q[:, :, -4:], k)[..., :16]
     pooled = torch.stack([votes[..., max(0, j - 1) : j + 2].amax(-1) for j in range(16)], -1)
-    close(state[0].stream.score[..., :16], pooled)
+    assert_close(state[0].stream.score[..., :16], pooled)
     idx = policy.plan(state, 0, 20)
     for head in range(2):
         best = sorted(range(16), key=lambda j: (-float(pooled[0, head, j]), j))[:5]
@@ -64,9 +64,9 @@ def test_snapkv_by_hand(close):
     assert bool((hit_rate(torch.arange(20).expand(1, 2, 20), torch.rand(1, 4, 3, 20), 5) == 1).all())
 
 
-def test_a_kernel_of_one_is_no_pooling(close):
+def test_a_kernel_of_one_is_no_pooling(assert_close):
     q, k, v = qkv(20)
-    close(run(snapkv(9, window=4, kernel=1), q, k, v)[0].stream.score, column_mass(q[:, :, -4:], k))
+    assert_close(run(snapkv(9, window=4, kernel=1), q, k, v)[0].stream.score, column_mass(q[:, :, -4:], k))
 
 
 def test_the_values_do_not_take_part_in_the_choice():

@@ -28,7 +28,7 @@ def probabilities(q, k, alive=None):
 
 @pytest.mark.parametrize("form", ["reference", "torch"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_every_statistic_is_that_of_the_softmax(form, padded, generator, close):
+def test_every_statistic_is_that_of_the_softmax(form, padded, generator, assert_close):
     q, k = inputs(generator)
     alive = torch.arange(63) >= torch.tensor([[0], [7]]) if padded else None
     p = probabilities(q, k, alive)
@@ -41,14 +41,14 @@ def test_every_statistic_is_that_of_the_softmax(form, padded, generator, close):
     }  # fmt: skip
     for reduce, threshold in CASES:
         got = column_mass(q, k, reduce=reduce, threshold=threshold, alive=alive, group="none", form=form)
-        close(got, want[reduce])
+        assert_close(got, want[reduce])
 
 
 @pytest.mark.parametrize(
     "sizes", [(1, 4, 4, 1, 1, 8), (1, 4, 2, 5, 130, 16), (2, 3, 1, 64, 130, 40), (1, 2, 2, 130, 130, 8)]
 )
 @pytest.mark.parametrize("with_lse", [False, True])
-def test_the_torch_form_gives_the_reference(sizes, with_lse, generator, close, monkeypatch):
+def test_the_torch_form_gives_the_reference(sizes, with_lse, generator, assert_close, monkeypatch):
     monkeypatch.setattr(score, "TILE", 1000)  # many blocks of rows even at these sizes
     q, k = inputs(generator, *sizes)
     lse = torch.randn(q.shape[:3], generator=generator) + 3 if with_lse else None
@@ -58,28 +58,28 @@ def test_the_torch_form_gives_the_reference(sizes, with_lse, generator, close, m
                 column_mass(q, k, reduce=reduce, threshold=threshold, group=group, lse=lse, form=form)
                 for form in ("reference", "torch")
             ]
-            close(both[1], both[0])
+            assert_close(both[1], both[0])
 
 
-def test_mass_sums_to_the_number_of_rows(generator, close):
+def test_mass_sums_to_the_number_of_rows(generator, assert_close):
     q, k = inputs(generator, rows=20, length=50)
-    close(column_mass(q, k, group="none").sum(-1), torch.full((2, 6), 20.0))
-    close(column_mass(q, k, group="sum").sum(-1), torch.full((2, 2), 60.0))
+    assert_close(column_mass(q, k, group="none").sum(-1), torch.full((2, 6), 20.0))
+    assert_close(column_mass(q, k, group="sum").sum(-1), torch.full((2, 2), 60.0))
 
 
-def test_rows_in_two_blocks_add_up(generator, close):
+def test_rows_in_two_blocks_add_up(generator, assert_close):
     q, k = inputs(generator, rows=63, length=63)
     first = column_mass(q[:, :, :40], k, q_start=0)
     second = column_mass(q[:, :, 40:], k, q_start=40)
-    close(first + second, column_mass(q, k))
+    assert_close(first + second, column_mass(q, k))
 
 
-def test_the_forward_pass_own_lse_gives_the_same(generator, close):
+def test_the_forward_pass_own_lse_gives_the_same(generator, assert_close):
     from memlens.attention.exact import attend
 
     q, k = inputs(generator)
     _, lse = attend(q, k, k, return_lse=True)
-    close(column_mass(q, k, lse=lse), column_mass(q, k))
+    assert_close(column_mass(q, k, lse=lse), column_mass(q, k))
 
 
 class Largest(TorchDispatchMode):
@@ -109,11 +109,11 @@ def test_a_row_of_equal_weights_is_on_neither_side_of_its_share():
             assert int(column_mass(q, k, reduce=reduce, threshold="1/t", form=form).sum()) == 0
 
 
-def test_half_precision_is_summed_in_float32(generator, close):
+def test_half_precision_is_summed_in_float32(generator, assert_close):
     q, k = (x.half() for x in inputs(generator))
     got = column_mass(q, k)
     assert got.dtype == torch.float32
-    close(got, column_mass(q.float(), k.float()))
+    assert_close(got, column_mass(q.float(), k.float()))
 
 
 @pytest.mark.parametrize(
@@ -159,16 +159,16 @@ def test_smoothing_by_hand():
         smooth(row, 4)
 
 
-def test_surprisal_is_the_teacher_forced_nll(generator, close):
+def test_surprisal_is_the_teacher_forced_nll(generator, assert_close):
     logits = torch.randn(2, 7, 11, generator=generator)
     ids = torch.randint(0, 11, (2, 7), generator=generator)
     got = surprisal(logits, ids)
     assert bool((got[:, 0] == torch.inf).all())
     want = -logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-    close(got[:, 1:], want)
+    assert_close(got[:, 1:], want)
     later = surprisal(logits[:, 3:], ids[:, 3:], prev_logits=logits[:, 2])
-    close(later, got[:, 3:])
-    close(
+    assert_close(later, got[:, 3:])
+    assert_close(
         surprisal(logits, ids, prev_logits=logits[:, 0])[:, 0], F.cross_entropy(logits[:, 0], ids[:, 0], reduction="none")
     )
 

@@ -55,7 +55,7 @@ def test_nan_scores_are_refused():
         topk_keep(torch.tensor([0.0, float("nan")]), 1)
 
 
-def test_complement_and_gather(generator, close):
+def test_complement_and_gather(generator, assert_close):
     idx = topk_keep(torch.rand(2, 3, 10, generator=generator), 4)
     rest = complement(idx, 10)
     assert rest.shape == (2, 3, 6)

@@ -43,7 +43,7 @@ def commit(store, held, k, v, idx=None):
 
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("name", PRESETS)
-def test_any_selection_goes_with_any_storage(name, store, llama, close):
+def test_any_selection_goes_with_any_storage(name, store, llama, assert_close):
     ids = prompt(LENGTH + STEPS)
     policy = PRESETS[name](BUDGET).stored(STORES[store]())
     _, cache, _ = prefill(llama, ids[:, :LENGTH], policy)
@@ -54,13 +54,13 @@ def test_any_selection_goes_with_any_storage(name, store, llama, close):
         assert cache.held == [BUDGET + (i + 1 - LENGTH if name in ONCE else 0)] * 3
         assert bool(got.isfinite().all())
         if store in LOSSLESS:
-            close(got, want, rtol=1e-4, atol=1e-4)
+            assert_close(got, want, rtol=1e-4, atol=1e-4)
     if store in LOSSLESS:
         assert torch.equal(cache.positions(1), plain.positions(1))
 
 
 @pytest.mark.parametrize("store", STORES)
-def test_storage_alone_forgets_nothing(store, model, close):
+def test_storage_alone_forgets_nothing(store, model, assert_close):
     ids = prompt(LENGTH + 20)
     policy = mikv()._replace(store=None).stored(STORES[store]())
     _, cache, _ = prefill(model, ids[:, :LENGTH], policy)
@@ -71,7 +71,7 @@ def test_storage_alone_forgets_nothing(store, model, close):
         want = model(ids).logits[:, LENGTH:]
     error = float((got - want).norm() / want.norm())
     if store in LOSSLESS:
-        close(got, want, rtol=1e-4, atol=1e-4)
+        assert_close(got, want, rtol=1e-4, atol=1e-4)
     else:
         assert 1e-5 < error < (0.15 if store in FINE else 2.0)
 
@@ -122,24 +122,26 @@ def test_eviction_keeps_the_tokens_that_were_asked_for(store, generator):
 
 
 @pytest.mark.parametrize("store", STORES)
-def test_attention_is_that_of_what_is_read(store, generator, close):
+def test_attention_is_that_of_what_is_read(store, generator, assert_close):
     fmt, (k, v) = STORES[store](), random_kv((2, 2, 60, 16), generator)
     q = torch.randn(2, 6, 3, 16, generator=generator)
     held = commit(fmt, None, k[:, :, :50], v[:, :, :50])
     idx = torch.rand(2, 2, 60, generator=generator).topk(45, -1).indices.sort(-1).values
     for state in (held, commit(fmt, held, k[:, :, 50:], v[:, :, 50:], idx)):
-        close(fmt.attend(q, state, form="torch"), fmt.attend(q, state, form="reference"))
+        assert_close(fmt.attend(q, state, form="torch"), fmt.attend(q, state, form="reference"))
 
 
-def test_a_prompt_is_packed_once_all_of_it_was_seen(llama, close):
+def test_a_prompt_is_packed_once_all_of_it_was_seen(llama, assert_close):
     ids, policy = prompt(40), PRESETS["snapkv"](20).stored(kivi(2, group=8, residual=16))
     whole, parts = (prefill(llama, ids, policy, chunk).cache for chunk in (None, 9))
     for one, two in zip(whole.layers, parts.layers, strict=True):
-        close(one.store.read(one.stored, torch.float32), two.store.read(two.stored, torch.float32), rtol=1e-4, atol=1e-4)
+        assert_close(
+            one.store.read(one.stored, torch.float32), two.store.read(two.stored, torch.float32), rtol=1e-4, atol=1e-4
+        )
     late = compress(prefill(llama, ids, keep_queries=True), policy)
     for layer in range(3):
         assert torch.equal(late.positions(layer), whole.positions(layer))
-    close(continue_with(llama, late, prompt(3)), continue_with(llama, whole, prompt(3)), rtol=1e-4, atol=1e-4)
+    assert_close(continue_with(llama, late, prompt(3)), continue_with(llama, whole, prompt(3)), rtol=1e-4, atol=1e-4)
 
 
 def test_the_cache_reports_its_bytes_and_its_peak(llama):
@@ -155,15 +157,15 @@ def test_the_cache_reports_its_bytes_and_its_peak(llama):
     assert cache.peak_bytes < 3 * plain
 
 
-def test_forks_and_repeated_rows_and_generate(llama, close):
+def test_forks_and_repeated_rows_and_generate(llama, assert_close):
     ids, policy = prompt(LENGTH), mikv(0.4, lo=2)
     cache = prefill(llama, ids, policy).cache
     twin = cache.fork()
     first = continue_with(llama, cache, prompt(2))
-    close(continue_with(llama, twin, prompt(2)), first)
+    assert_close(continue_with(llama, twin, prompt(2)), first)
     twin.batch_repeat_interleave(3)
     rows = continue_with(llama, twin, prompt(1).expand(3, -1))
-    close(rows, continue_with(llama, cache, prompt(1)).expand(3, -1, -1), rtol=1e-4, atol=1e-4)
+    assert_close(rows, continue_with(llama, cache, prompt(1)).expand(3, -1, -1), rtol=1e-4, atol=1e-4)
     fresh = PolicyCache(llama.config, PRESETS["h2o"](BUDGET).stored(kivi(4, group=8, residual=8)))
     with fresh.on(llama):
         options = {"max_new_tokens": 6, "do_sample": False}
@@ -175,13 +177,13 @@ def test_forks_and_repeated_rows_and_generate(llama, close):
     assert sum(fresh.nbytes().values()) == 0
 
 
-def test_sorted_keys_are_read_back_in_their_own_order(llama, close):
+def test_sorted_keys_are_read_back_in_their_own_order(llama, assert_close):
     order = ksort(llama)
     assert order.shape == (3, 2, 8)
     ids = prompt(LENGTH + 4)
     same = [full().stored(block_floats(8, block=8, values=8, order=o)) for o in (None, order)]  # one block: no effect
     one, two = (continue_with(llama, prefill(llama, ids[:, :LENGTH], policy).cache, ids[:, LENGTH:]) for policy in same)
-    close(one, two)
+    assert_close(one, two)
 
 
 def test_pairs_that_cannot_work_say_why(llama):

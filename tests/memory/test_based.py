@@ -21,21 +21,21 @@ def draw(*shape, generator, dtype=torch.float64):
 
 @pytest.mark.parametrize("dim", [1, 2, 5])
 @pytest.mark.parametrize("coef", [[2.0], [0.0, 1.0], [1.0, 0.5, 0.25, 3.0], [0.1] * 5])
-def test_features_multiply_to_the_polynomial(dim, coef, generator, close):
+def test_features_multiply_to_the_polynomial(dim, coef, generator, assert_close):
     x, y = draw(7, dim, generator=generator), draw(7, dim, generator=generator)
     got = poly_features(x, coef) @ poly_features(y, coef).mT
-    close(got, sum(c * (x @ y.mT) ** i for i, c in enumerate(coef)))
+    assert_close(got, sum(c * (x @ y.mT) ** i for i, c in enumerate(coef)))
     assert poly_features(x, coef).shape[-1] == feature_count(dim, len(coef) - 1)
 
 
 @pytest.mark.parametrize("dim", [1, 4, 16])
-def test_packed_and_unpacked_features_agree_and_give_the_taylor_weight(dim, generator, close):
+def test_packed_and_unpacked_features_agree_and_give_the_taylor_weight(dim, generator, assert_close):
     q, k = draw(9, dim, generator=generator), draw(9, dim, generator=generator)
     s = q @ k.mT / math.sqrt(dim)
     packed = taylor_features(q) @ taylor_features(k).mT
-    close(packed, unpacked_taylor_features(q) @ unpacked_taylor_features(k).mT)
-    close(packed, 1 + s + s**2 / 2)
-    close(packed, taylor_weight(s))
+    assert_close(packed, unpacked_taylor_features(q) @ unpacked_taylor_features(k).mT)
+    assert_close(packed, 1 + s + s**2 / 2)
+    assert_close(packed, taylor_weight(s))
     assert packed.min() >= 0.5 - 1e-12
 
 
@@ -74,10 +74,10 @@ def by_features(q, k, v, *, state, form=None):
 
 @pytest.mark.parametrize("form", ["reference", "torch"])
 @pytest.mark.parametrize("length, dim", [(1, 16), (63, 5), (130, 16)])
-def test_every_form_is_features_and_linear_attention(form, length, dim, generator, close):
+def test_every_form_is_features_and_linear_attention(form, length, dim, generator, assert_close):
     leaves = leaves_of(length, dim, generator)
     want = results(by_features, leaves, {})
-    close(
+    assert_close(
         results(taylor_attention, leaves, {}, form=form, **({"chunk": 32} if form == "torch" else {})),
         want,
         rtol=1e-4,
@@ -85,19 +85,19 @@ def test_every_form_is_features_and_linear_attention(form, length, dim, generato
     )
 
 
-def test_without_a_state_it_is_the_masked_quotient(generator, close):
+def test_without_a_state_it_is_the_masked_quotient(generator, assert_close):
     q, k, v = (draw(1, 2, 50, 6, generator=generator) for _ in range(3))
     weight = (1 + (s := q @ k.mT / 6**0.5) + s**2 / 2).tril()
     got, _ = taylor_attention(q, k, v, chunk=16)
-    close(got, weight / weight.sum(-1, keepdim=True) @ v)
+    assert_close(got, weight / weight.sum(-1, keepdim=True) @ v)
 
 
-def test_masked_tokens_leave_no_trace_in_the_state(generator, close):
+def test_masked_tokens_leave_no_trace_in_the_state(generator, assert_close):
     q, k, v = (draw(1, 2, 40, 6, generator=generator) for _ in range(3))
     mask = torch.rand(1, 40, generator=generator) > 0.4  # a masked key is zero, whose weight would be 1
     got, state = taylor_attention(q, k, v, mask=mask, chunk=16)
     want, last = taylor_attention(*(x[:, :, mask[0]] for x in (q, k, v)), chunk=16)
-    close((got[:, :, mask[0]], *state), (want, *last))
+    assert_close((got[:, :, mask[0]], *state), (want, *last))
 
 
 def test_taylor_attention_refuses(generator):
@@ -109,11 +109,11 @@ def test_taylor_attention_refuses(generator):
         taylor_attention(wide, wide, v, form="triton")
 
 
-def test_a_window_of_the_whole_length_is_full_attention(generator, close):
+def test_a_window_of_the_whole_length_is_full_attention(generator, assert_close):
     q, k, v = (draw(1, 2, 20, 8, generator=generator) for _ in range(3))
-    close(attend(q, k, v, mask=stream_mask(20, 20, sink=0, recent=20)), attend(q, k, v))
+    assert_close(attend(q, k, v, mask=stream_mask(20, 20, sink=0, recent=20)), attend(q, k, v))
     narrow = attend(q, k, v, mask=stream_mask(20, 20, sink=0, recent=4))
-    close(narrow[:, :, 10:11], attend(q[:, :, 10:11], k[:, :, 7:11], v[:, :, 7:11]))
+    assert_close(narrow[:, :, 10:11], attend(q[:, :, 10:11], k[:, :, 7:11], v[:, :, 7:11]))
 
 
 def test_the_layer_list_is_the_one_of_the_360m_model():

@@ -28,48 +28,48 @@ def quadratic(q, k, v, log_decay, state, *, scale, normalize, eps=1e-12):
 
 
 @pytest.mark.parametrize("variant", ["plain", "decay", "channel", "normalized"])
-def test_the_reference_is_the_quadratic_form_and_its_autograd(variant, generator, close):
+def test_the_reference_is_the_quadratic_form_and_its_autograd(variant, generator, assert_close):
     leaves, options = inputs(variant, 9, generator=generator, dtype=torch.float64)
     got, _ = call(linear_attention, leaves, options, form="reference")
     state = LinearState(leaves["S"], leaves.get("z"))
     want = quadratic(
         leaves["q"], leaves["k"], leaves["v"], leaves.get("log_decay"), state, scale=0.5, normalize=options["normalize"]
     )
-    close(got, want)
+    assert_close(got, want)
     push = torch.randn(got.shape, generator=generator, dtype=torch.float64)
-    close(*(torch.autograd.grad((x * push).sum(), list(leaves.values()), retain_graph=True) for x in (got, want)))
+    assert_close(*(torch.autograd.grad((x * push).sum(), list(leaves.values()), retain_graph=True) for x in (got, want)))
 
 
 @pytest.mark.parametrize("length", [1, 63, 130])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_chunks_give_the_reference_forward_and_backward(variant, length, generator, close):
+def test_chunks_give_the_reference_forward_and_backward(variant, length, generator, assert_close):
     leaves, options = inputs(variant, length, generator=generator)
     want = results(linear_attention, leaves, options, form="reference")
     got = results(linear_attention, leaves, options, form="torch", chunk=32)
-    close(got, want, rtol=1e-4, atol=1e-4 if length > 100 else 2e-5)
+    assert_close(got, want, rtol=1e-4, atol=1e-4 if length > 100 else 2e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 8, 128])
 @pytest.mark.parametrize("variant", ["channel", "gated delta"])
-def test_the_chunk_changes_nothing(variant, chunk, generator, close):
+def test_the_chunk_changes_nothing(variant, chunk, generator, assert_close):
     leaves, options = inputs(variant, 37, generator=generator, dtype=torch.float64)
-    close(
+    assert_close(
         call(linear_attention, leaves, options, chunk=chunk)[0],
         call(linear_attention, leaves, options, form="reference")[0],
     )
 
 
 @pytest.mark.parametrize("variant", ["decay", "channel", "gated delta", "channel delta"])
-def test_a_decay_that_forgets_everything_stays_finite_and_exact(variant, generator, close):
+def test_a_decay_that_forgets_everything_stays_finite_and_exact(variant, generator, assert_close):
     leaves, options = inputs(variant, 64, generator=generator, strong=True)
     assert leaves["log_decay"].min() < -10_000
     want, got = (results(linear_attention, leaves, options, form=form) for form in ("reference", "torch"))
-    close(got, want, rtol=1e-4, atol=2e-5)
+    assert_close(got, want, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("at", [1, 13, 32, 69])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_sequence_split_anywhere_gives_the_unsplit_answer(variant, at, generator, close):
+def test_a_sequence_split_anywhere_gives_the_unsplit_answer(variant, at, generator, assert_close):
     leaves, options = inputs(variant, 70, generator=generator)
     named = {name: x for name, x in leaves.items() if name in ("log_decay", "beta")}
     cut = {name: x.split((at, 70 - at), dim=2) for name, x in {**{n: leaves[n] for n in "qkv"}, **named}.items()}
@@ -79,11 +79,11 @@ def test_a_sequence_split_anywhere_gives_the_unsplit_answer(variant, at, generat
         piece = {name: x[i] for name, x in cut.items()}
         out, state = linear_attention(**piece, state=state, chunk=32, **options)
         parts.append(out)
-    close((torch.cat(parts, 2), *state), (whole[0], *whole[1]))
+    assert_close((torch.cat(parts, 2), *state), (whole[0], *whole[1]))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_steps_give_the_sequence(variant, generator, close):
+def test_steps_give_the_sequence(variant, generator, assert_close):
     leaves, options = inputs(variant, 5, generator=generator)
     want = call(linear_attention, leaves, options, form="torch")
     state, outs = LinearState(leaves["S"], leaves.get("z")), []
@@ -91,23 +91,23 @@ def test_steps_give_the_sequence(variant, generator, close):
         token = {name: x[:, :, t] for name, x in leaves.items() if name not in ("S", "z")}
         out, state = linear_attention_step(**token, state=state, **options)
         outs.append(out)
-    close((torch.stack(outs, 2), *state), (want[0], *want[1]))
+    assert_close((torch.stack(outs, 2), *state), (want[0], *want[1]))
 
 
 @pytest.mark.parametrize("form", ["reference", "torch"])
-def test_the_delta_rule_reads_back_what_it_wrote(form, generator, close):
+def test_the_delta_rule_reads_back_what_it_wrote(form, generator, assert_close):
     k = torch.nn.functional.normalize(torch.randn(1, 2, 40, 8, generator=generator), dim=-1)
     v = torch.randn(1, 2, 40, 6, generator=generator)
     out, state = linear_attention(k, k, v, beta=torch.ones(1, 2, 40), rule="delta", form=form, chunk=16)
-    close(out, v)  # beta = 1 and unit keys: the newest value of every key is there exactly
+    assert_close(out, v)  # beta = 1 and unit keys: the newest value of every key is there exactly
     same = k[:, :, :1].expand_as(k)
     _, state = linear_attention(same, same, v, beta=torch.ones(1, 2, 40), rule="delta", form=form)
-    close(state.S, k[:, :, 0, :, None] * v[:, :, -1, None])  # one key: only the last value is left
+    assert_close(state.S, k[:, :, 0, :, None] * v[:, :, -1, None])  # one key: only the last value is left
 
 
 @pytest.mark.parametrize("form", ["reference", "torch"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_masked_token_was_never_there(variant, form, generator, close):
+def test_a_masked_token_was_never_there(variant, form, generator, assert_close):
     leaves, options = inputs(variant, 40, generator=generator)
     mask = torch.rand(1, 40, generator=generator) > 0.4
     dirty = {
@@ -117,31 +117,31 @@ def test_a_masked_token_was_never_there(variant, form, generator, close):
     got, state = call(linear_attention, dirty, options, form=form, mask=mask.expand(2, -1), chunk=16)
     kept = {name: x if name in ("S", "z") else x[:, :, mask[0]] for name, x in leaves.items()}
     want, last = call(linear_attention, kept, options, form=form, chunk=16)
-    close((got[:, :, mask[0]], *state), (want, *last))
+    assert_close((got[:, :, mask[0]], *state), (want, *last))
     assert not got[:, :, ~mask[0]].any()
 
 
-def test_state_of_is_the_state_without_an_order(generator, close):
+def test_state_of_is_the_state_without_an_order(generator, assert_close):
     leaves, _ = inputs("plain", 17, generator=generator, kv_heads=4)
     mask = torch.rand(2, 17, generator=generator) > 0.3
     _, want = linear_attention(leaves["q"], leaves["k"], leaves["v"], normalize=True, mask=mask)
-    close(tuple(state_of(leaves["k"], leaves["v"], mask=mask, normalize=True)), tuple(want))
+    assert_close(tuple(state_of(leaves["k"], leaves["v"], mask=mask, normalize=True)), tuple(want))
 
 
 @pytest.mark.parametrize("variant", ["plain", "decay", "channel", "delta", "channel delta"])
-def test_stretches_compose_in_any_tree(variant, generator, close):
+def test_stretches_compose_in_any_tree(variant, generator, assert_close):
     leaves, options = inputs(variant, 24, generator=generator, dtype=torch.float64, kv_heads=4)
     gates = {name: leaves[name] for name in ("log_decay", "beta") if name in leaves}
     cut = {name: x.split(8, dim=2) for name, x in {"k": leaves["k"], "v": leaves["v"], **gates}.items()}
     a, b, c = (affine_of(**{name: x[i] for name, x in cut.items()}, rule=options["rule"]) for i in range(3))
     left, right = compose(compose(a, b), c), compose(a, compose(b, c))
-    close(tuple(left), tuple(right))
+    assert_close(tuple(left), tuple(right))
     last = call(linear_attention, leaves, options, form="reference")[1].S
     L = left.L if left.L.ndim == 4 else torch.diag_embed(left.L.reshape(2, 4, -1).expand(2, 4, 12))
-    close(L @ leaves["S"] + left.M, last)
+    assert_close(L @ leaves["S"] + left.M, last)
 
 
-def test_stretches_of_different_kinds_compose(generator, close):
+def test_stretches_of_different_kinds_compose(generator, assert_close):
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
@@ -152,8 +152,8 @@ def test_stretches_of_different_kinds_compose(generator, close):
     for first in kinds:
         for then in kinds:
             got = compose(first, then)
-            close(dense(got.L), dense(then.L) @ dense(first.L))
-            close(got.M, dense(then.L) @ first.M + then.M)
+            assert_close(dense(got.L), dense(then.L) @ dense(first.L))
+            assert_close(got.M, dense(then.L) @ first.M + then.M)
     with pytest.raises(ValueError, match="compose: then has L"):
         compose(kinds[0], AffineState(draw(2, 4), draw(2, 3, 4, 5)))
 

@@ -76,7 +76,8 @@ def test_nothing_is_unpickled(tiny, monkeypatch):
 
     for module, name in [(torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")]:
         monkeypatch.setattr(module, name, refuse)
-    real.smollm2()
+    model, _ = real.smollm2()
+    assert model.config.num_hidden_layers == 2
 
 
 def test_a_source_with_pickled_weights_only_is_refused(tiny, snapshot, tmp_path, monkeypatch):

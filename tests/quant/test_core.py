@@ -33,7 +33,7 @@ def test_whole_zero_by_hand():
 
 @KINDS
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_every_group_is_quantized_by_the_definition(kind, bits, generator, close):
+def test_every_group_is_quantized_by_the_definition(kind, bits, generator, assert_close):
     w = torch.randn(3, 5, 24, generator=generator) + 0.3
     got = dequantize(quantize(w, bits, group=8, **kind))
     want = torch.empty_like(w)
@@ -41,7 +41,7 @@ def test_every_group_is_quantized_by_the_definition(kind, bits, generator, close
         for j in range(5):
             for start in range(0, 24, 8):
                 want[i, j, start : start + 8] = by_definition(w[i, j, start : start + 8], bits, **kind)
-    close(got, want)
+    assert_close(got, want)
 
 
 def by_definition(x, bits, symmetric, zero="int"):
@@ -67,19 +67,19 @@ def test_the_error_is_within_half_a_stored_step(meta, offset, generator):
 
 
 @pytest.mark.parametrize("meta", [torch.float32, torch.float16])
-def test_what_was_quantized_stays_when_it_is_quantized_again(meta, generator, close):
+def test_what_was_quantized_stays_when_it_is_quantized_again(meta, generator, assert_close):
     once = quantize(torch.randn(40, 32, generator=generator), 2, symmetric=False, zero="float", meta=meta)
     again = quantize(dequantize(once), 2, symmetric=False, zero="float", meta=meta)
     assert torch.equal(again.codes, once.codes)
-    close(dequantize(again), dequantize(once), rtol=1e-6, atol=1e-6)
+    assert_close(dequantize(again), dequantize(once), rtol=1e-6, atol=1e-6)
 
 
 @KINDS
 @pytest.mark.parametrize("value", [0.0, 5.0, -0.37])
-def test_a_constant_group_is_exact(kind, value, close):
+def test_a_constant_group_is_exact(kind, value, assert_close):
     w = torch.full((2, 8), value)
     q = quantize(w, 3, group=4, **kind)
-    close(dequantize(q), w, rtol=1e-7, atol=0.0)
+    assert_close(dequantize(q), w, rtol=1e-7, atol=0.0)
     if kind.get("zero") == "float":
         assert (q.scale == 0).all()
         assert (q.codes == 0).all()
