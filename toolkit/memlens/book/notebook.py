@@ -52,9 +52,9 @@ def verdicts(book: NotebookNode) -> list[tuple[Verdict, bool]]:
 
 
 def shown(book: NotebookNode) -> list[tuple]:
-    """What its verdicts show, to their rounding; of a timing only the claim, the band and the word."""
+    """What its verdicts show, to their rounding. A timing is the machine's own: of it only the claim and the band count."""
     return [
-        (row.key, row.claim, row.band, row.verdict) if varies else tuple(row)
+        (row.key, row.claim, row.band) if varies else tuple(row)
         for row, varies in verdicts(book)
     ]  # fmt: skip
 
