@@ -69,7 +69,16 @@ def bundle(out: Path) -> None:
     (partial / "wheels").mkdir(parents=True)
     try:
         wheels((partial / "wheels").resolve())
-        _run("git", "bundle", "create", "--quiet", (partial / "memlens.git.bundle").resolve(), "HEAD", "--branches", cwd=root())
+        _run(
+            "git",
+            "bundle",
+            "create",
+            "--quiet",
+            (partial / "memlens.git.bundle").resolve(),
+            "HEAD",
+            "--branches",
+            cwd=root(),
+        )
         script = partial / "install.sh"
         script.write_text(INSTALL, encoding="utf-8")
         script.chmod(0o755)
