@@ -96,7 +96,7 @@ def test_compress_equals_prefill_under_the_policy(name, model, assert_close):
     if direct.policy.hears:
         with pytest.raises(ValueError, match="needs the logits"):
             compress(prefill(model, ids, keep_queries=True), direct.policy)
-        return
+        pytest.skip("refused: this policy needs the logits, which a prefill without it has not kept")
     late = compress(prefill(model, ids, keep_queries=True), PRESETS[name](BUDGET))
     assert late.held == direct.held
     for layer in range(3):
