@@ -47,9 +47,11 @@ def h2o_kl(model: Any, tokenizer: Any, name: str, shares: Sequence[float]) -> xr
     return kl
 
 
-def h2o_stream(model: Any, tokenizer: Any, name: str, methods: Sequence[str] | None = None) -> xr.DataArray:
-    """KL from the full cache on 640 streamed tokens with 128 held, (policy, position) nats, from 256 on."""
-    ids = data.text(name, start=TEXTS[name], length=STREAM, tokenizer=tokenizer)
+def h2o_stream(
+    model: Any, tokenizer: Any, name: str, methods: Sequence[str] | None = None, *, length: int = STREAM
+) -> xr.DataArray:
+    """KL from the full cache on `length` streamed tokens with 128 held, (policy, position) nats, from 256 on."""
+    ids = data.text(name, start=TEXTS[name], length=length, tokenizer=tokenizer)
     arms = {"half heavy, half recent": h2o(64, 64), "heavy only": h2o(128, 0), "sink+recent": streaming(128)}
     chosen = {method: arms[method] for method in methods or arms}
     return stream_kl(model, ids, chosen, chunk=CHUNK, start=256).rename(method="policy", token="position")
