@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kv_presets import DRAWN, MODELS, ONCE, PRESETS, ROLLING, full, prompt, tiny
+from kv_presets import DRAWN, MERGING, MODELS, ONCE, PRESETS, ROLLING, full, prompt, tiny
 
 from memlens.kv.cache import PolicyCache, compress, continue_with, prefill, stream_eval
 
@@ -45,7 +45,7 @@ def test_the_budget_is_exact_after_every_step(name, chunk, llama):
 def test_protected_tokens_are_never_lost(name, llama):
     policy = PRESETS[name](BUDGET)
     _, cache, _ = prefill(llama, prompt(LENGTH), policy)
-    wanted = {*range(policy.first), *range(LENGTH - policy.last, LENGTH)}
+    wanted = {*range(policy.first), *range(LENGTH - policy.recent(BUDGET), LENGTH)}
     for layer in range(3):
         for head in cache.positions(layer)[0]:
             assert wanted <= set(head.tolist())
@@ -55,9 +55,21 @@ def test_protected_tokens_are_never_lost(name, llama):
 def test_an_evicted_cache_is_dense_attention_under_the_same_mask(name, model, dense, assert_close):
     ids = prompt(LENGTH + 5, rows=2)
     parts = [ids[:, :LENGTH], *ids[:, LENGTH:].split(1, 1)]
-    got, want = dense(model, PolicyCache(model.config, PRESETS[name](BUDGET)), parts)
+    policy = PRESETS[name](BUDGET)._replace(merge=None)  # what a merge changes: tests/kv/test_merge.py
+    got, want = dense(model, PolicyCache(model.config, policy), parts)
     assert_close(got, want)
     assert float((want - plain(model, ids))[:, LENGTH:].abs().max()) > 1e-3  # the mask did take something away
+
+
+@pytest.mark.parametrize("name", sorted(MERGING))
+def test_merging_changes_what_is_held_and_not_which_tokens(name, llama):
+    ids, policy = prompt(LENGTH), PRESETS[name](BUDGET)
+    merged, evicted = (prefill(llama, ids, p).cache for p in (policy, policy._replace(merge=None)))
+    assert merged.held == evicted.held == [BUDGET] * 3
+    assert torch.equal(merged.positions(0), evicted.positions(0))
+    assert float((merged.layers[0].values - evicted.layers[0].values).abs().max()) > 1e-3
+    moved = float((merged.layers[0].keys - evicted.layers[0].keys).abs().max())
+    assert moved == 0 if policy.merge.keys == "none" else moved > 1e-3
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -8,7 +8,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 __all__ = [
     "attention", "backend", "bench", "book", "catalog", "check", "cost", "data", "kv", "layout", "memory", "models",
-    "optim", "quant", "routing", "tasks", "viz",
+    "optim", "parallel", "quant", "recall", "routing", "tasks", "viz",
 ]  # fmt: skip
 
 

@@ -4,10 +4,11 @@ from importlib import import_module
 
 _HOMES = {
     "Attended": "merge", "attend": "exact", "attention_io": "io", "block_attend": "sparse", "merge_many": "merge",
-    "mix_heads": "masks", "stream_mask": "masks", "shift": "rope", "unrope": "rope",
+    "mix_heads": "masks", "prefix_attend": "prefix", "stream_mask": "masks", "shift": "rope", "unrope": "rope",
 }  # fmt: skip
 __all__ = [
-    "Attended", "attend", "attention_io", "block_attend", "merge_many", "mix_heads", "shift", "stream_mask", "unrope",
+    "Attended", "attend", "attention_io", "block_attend", "merge_many", "mix_heads", "prefix_attend", "shift",
+    "stream_mask", "unrope",
 ]  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Attention that visits only some blocks of the score matrix; what is not visited costs nothing.
 
 Each block of queries gathers its visible key blocks and runs exact attention over them, so the result and its gradient
-are those of `attend` with the block mask spread out. Source: arXiv:2205.14135, section 3.3.
+are those of `attend` with the block mask spread out. Source: arXiv:2205.14135, section 3.3. For a single decoding step
+see also `sparf` and `shadow_decode`, from `memlens.attention.retrieval`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from memlens.attention import fused, tiled
 from memlens.attention.call import Call, differentiable
 from memlens.attention.exact import attend
 from memlens.attention.merge import Attended
+from memlens.attention.retrieval import ShadowState, shadow_decode, sparf
 
-__all__ = ["block_attend", "spread"]
+__all__ = ["ShadowState", "block_attend", "shadow_decode", "sparf", "spread"]
 
 
 class Blocks(NamedTuple):

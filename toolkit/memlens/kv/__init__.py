@@ -7,14 +7,17 @@ from importlib import import_module
 
 _HOMES = {
     "column_mass": "score", "smooth": "score", "surprisal": "score", "hit_rate": "score", "retained_mass": "score",
-    "gumbel_mass": "score", "persistence_ratio": "score",
+    "gumbel_mass": "score", "persistence_ratio": "score", "retaining_scores": "score",
     "topk_keep": "select", "gather_kv": "select", "complement": "select", "StreamState": "select",
+    "fixed_point": "select", "merge_into": "merge", "merge_kv": "merge", "nearest_by_cosine": "merge",
+    "nearest_by_position": "merge",
     "Policy": "policies", "full": "policies", "h2o": "policies", "random_keep": "policies", "snapkv": "policies",
     "streaming": "policies", "tova": "policies", "scissorhands": "policies", "keyformer": "policies", "sirllm": "policies",
     "PolicyCache": "cache", "compress": "cache", "continue_with": "cache", "prefill": "cache", "stream_eval": "cache",
 }  # fmt: skip
 _MODULES = (
-    "adapter", "budget", "cache", "kivi", "ksort", "mikv", "packed", "policies", "quantize", "score", "select", "storage", "store",
+    "adapter", "budget", "cache", "channels", "d2o", "elastic", "kivi", "ksort", "locret", "lowrank", "merge", "mikv",
+    "packed", "policies", "policy", "prefixkv", "quantize", "retrieval", "score", "select", "storage", "store", "think",
 )  # fmt: skip
 __all__ = [name for names in (_HOMES, _MODULES) for name in names]
 

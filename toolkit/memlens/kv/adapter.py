@@ -23,9 +23,9 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
 from memlens import check
-from memlens.attention.exact import attend
 from memlens.attention.rope import shift
 from memlens.kv.listen import listening
+from memlens.kv.merge import log_counts
 from memlens.kv.policies import LayerState, Policy, full
 from memlens.kv.select import positions, stream
 from memlens.kv.storage import gathered
@@ -140,7 +140,7 @@ class PolicyCache(Cache):
             check.fail(
                 "PolicyCache", f"a model of (layers, kv heads, dim) {shape}", f"{self._shape}", "make it its own cache"
             )
-        self._inv_freq = _frequencies(model) if self._policy.rolling else None
+        self._inv_freq = _frequencies(model, self._policy)
         AttentionInterface.register(NAME, _attention)
         AttentionMaskInterface.register(NAME, _padding)
         before = model.config._attn_implementation
@@ -156,13 +156,14 @@ class PolicyCache(Cache):
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, pad: Tensor | None) -> Tensor:
         """One layer's attention over what it holds, (B, H, n, D); then the policy observes, and evicts if it is time."""
         before, rows, mask = self.state[index], q.shape[2], None
-        if pad is not None or self._inv_freq is not None:
+        bias = None if before is None else log_counts(before.stream, rows, q.shape[1])
+        if pad is not None or self._policy.rolling:
             pos = positions(before.stream if before else stream(*k.shape[:2], device=k.device), rows, pad)
             mask = None if pad is None else (pos >= 0).repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None]
-            if self._inv_freq is not None:
+            if self._policy.rolling:
                 offset = (pos >= 0).cumsum(-1) - 1 - pos  # to the token's rank among those held
                 q, k = shift(q, offset[:, :1, -rows:], self._inv_freq), shift(k, offset, self._inv_freq)
-        out, lse = attend(q, k, v, mask=mask, scale=scale, return_lse=True)
+        out, lse = self.layers[index].attend(q, k, v, mask=mask, bias=bias, scale=scale)
         if self._queries is not None:
             self._queries[index].append(q)
         self._scale = scale
@@ -179,7 +180,7 @@ class PolicyCache(Cache):
 
     def observe(self, index: int, q: Tensor, k: Tensor, **seen: Any) -> None:
         """Show the policy the rows q (B, H, n, D) of a layer, whose keys are the last n of k."""
-        self.layers[index].observe(q)
+        self.layers[index].observe(q, seen.get("pad"))
         v, start = self.layers[index].values, k.shape[2] - q.shape[2]
         self.state = self._policy.observe(self.state, index, q, k, v, start, **seen)
 
@@ -187,9 +188,10 @@ class PolicyCache(Cache):
         """Carry out the policy's plan for a layer; what it gives up is freed."""
         layer = self.layers[index]
         idx = self._policy.plan(self.state, index, layer.held)
+        self.state, merged = self._policy.fold(self.state, index, layer.keys, layer.values, idx, self._inv_freq)
         self.state = self._policy.took(self.state, index, idx)
         others = sum(other.settled for other in self.layers if other is not layer)
-        self.peak_bytes = max(self.peak_bytes, others + layer.settle(idx, self.state[index].stream.score))
+        self.peak_bytes = max(self.peak_bytes, others + layer.settle(idx, self.state[index].stream.score, merged))
 
 
 def _shape(text_config: Any) -> tuple[int, int, int]:
@@ -197,11 +199,14 @@ def _shape(text_config: Any) -> tuple[int, int, int]:
     return text_config.num_hidden_layers, text_config.num_key_value_heads, dim
 
 
-def _frequencies(model: Any) -> Tensor:
+def _frequencies(model: Any, policy: Policy) -> Tensor | None:
     found = [x for name, x in model.named_buffers() if name.endswith("rotary_emb.inv_freq")]
-    if len(found) != 1 or 2 * found[0].numel() != _shape(model.config.get_text_config())[2]:
-        check.fail("PolicyCache", "a rolling policy", "a model with one rotary table over whole heads", "use rolling=False")
-    return found[0]
+    if len(found) == 1 and 2 * found[0].numel() == _shape(model.config.get_text_config())[2]:
+        return found[0]
+    if policy.rolling or (policy.merge and policy.merge.keys == "pre_rope"):
+        fix = "use rolling=False, and keys='post_rope' or 'none' in a merge"
+        check.fail("PolicyCache", f"{policy.name}, which turns keys", "a model with one rotary table over whole heads", fix)
+    return None
 
 
 def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, scaling=None, **options: Any):

@@ -17,9 +17,10 @@ from torch import Tensor
 from memlens import check
 from memlens.kv.adapter import PolicyCache
 from memlens.kv.policies import Policy, full
+from memlens.kv.shared import share_prefix
 from memlens.kv.store import HeldLayer
 
-__all__ = ["HeldLayer", "PolicyCache", "Prefilled", "compress", "continue_with", "prefill", "stream_eval"]
+__all__ = ["HeldLayer", "PolicyCache", "Prefilled", "compress", "continue_with", "prefill", "share_prefix", "stream_eval"]
 
 
 class Prefilled(NamedTuple):
@@ -46,7 +47,8 @@ def prefill(
     """
     _check_ids("prefill", ids, chunk)
     policy = policy or full()
-    cache = PolicyCache(model.config, policy, hold_until=ids.shape[1] if policy.when == "prompt" else 0)
+    whole = policy.when == "prompt" or getattr(policy.store, "waits", False)
+    cache = PolicyCache(model.config, policy, hold_until=ids.shape[1] if whole else 0)
     recorded = cache.record() if keep_queries else None
     with cache.on(model):
         for part in ids.split(chunk or ids.shape[1], 1):

@@ -4,6 +4,7 @@
     state = policy.init(config, layers=30)
     state = policy.observe(state, layer, q, k, v, q_start, lse)      # after each forward of each layer
     idx = policy.plan(state, layer, k.shape[2])                      # which tokens stay, or None for all
+    state, kept = policy.fold(state, layer, k, v, idx, inv_freq)     # kept k and v with the others merged in, or None
     state = policy.took(state, layer, idx)                           # once k and v were gathered at idx
 
 Two policies that differ by a score differ by a score: `h2o(51, 51)._replace(first=4)` is H2O with four sinks. The cache in
@@ -12,166 +13,32 @@ Two policies that differ by a score differ by a score: `h2o(51, 51)._replace(fir
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from memlens import check
 from memlens.kv import eviction
+from memlens.kv.d2o import d2o
+from memlens.kv.elastic import elastic
+from memlens.kv.locret import locret
+from memlens.kv.policy import Block, LayerState, Policy, no_score, nothing
+from memlens.kv.prefixkv import prefixkv
 from memlens.kv.score import column_mass, smooth
-from memlens.kv.select import StreamState, extend, positions, repeat, stream, take, topk_keep
-
-if TYPE_CHECKING:
-    from memlens.kv.storage import Storage
+from memlens.kv.select import extend
 
 __all__ = [
-    "Block", "LayerState", "Policy", "full", "h2o", "keyformer", "random_keep", "scissorhands", "sirllm", "snapkv",
-    "streaming", "tova",
+    "Block", "LayerState", "Policy", "d2o", "elastic", "full", "h2o", "keyformer", "locret", "prefixkv", "random_keep", "scissorhands",
+    "sirllm", "snapkv", "streaming", "tova",
 ]  # fmt: skip
-
-
-class Block(NamedTuple):
-    """One forward of one layer, as a score sees it. Keys are those held, then the new ones."""
-
-    q: Tensor  # (B, H, n, D), the new rows
-    k: Tensor  # (B, Hkv, L, D)
-    v: Tensor  # (B, Hkv, L, Dv)
-    q_start: int  # index of the first new row among the keys: L - n
-    lse: Tensor | None  # (B, H, n)
-    alive: Tensor | None  # (B, Hkv, L) bool, False for padding; None where there is none
-    pad: Tensor | None  # (B,) tokens of left padding in each row
-    scale: float | None
-    layer: int
-
-
-class LayerState(NamedTuple):
-    stream: StreamState  # per token, gathered with the keys
-    memory: Any = None  # what a score remembers besides, e.g. the last queries
-    done: bool = False  # a policy that compresses once has done so
-
-    def repeated(self, times: int) -> LayerState:
-        """The state of a batch whose every row is repeated."""
-        memory = self.memory.repeat_interleave(times, 0) if isinstance(self.memory, Tensor) else self.memory
-        return self._replace(stream=repeat(self.stream, times), memory=memory)
-
-
-Score = Callable[[LayerState, Block], LayerState]
-
-
-class Policy(NamedTuple):
-    name: str
-    score: Score  # what a token is worth, carried from block to block
-    budget: int | tuple[int, ...] | None = (
-        None  # tokens per (layer, kv head), one for all layers or one each; None keeps all
-    )
-    first: int = 0  # sinks: always kept, inside the budget
-    last: int = 0  # recent tokens: likewise
-    when: str = "always"  # evict after every forward, or once at the end of the "prompt"
-    rolling: bool = False  # attend as if the kept tokens stood at positions 0, 1, 2, ...
-    slack: int = 0  # tokens below the budget that an eviction leaves, so that the next one is not due at once
-    hears: bool = False  # its score needs the logits: it evicts after the forward, not after each layer
-    store: Storage | None = None  # how what is kept is held, a format of memlens.kv.storage; None: as it is
-
-    def init(self, cfg: Any = None, layers: int | None = None) -> tuple[LayerState | None, ...]:
-        """The state before any token, one entry per layer; `layers` defaults to the configuration's.
-
-        Raises:
-            ValueError: a budget below first + last or below 1, a budget for another number of layers.
-        """
-        layers = cfg.num_hidden_layers if layers is None else layers
-        check.one_of(self.name, ("always", "prompt"), when=self.when)
-        if isinstance(self.budget, tuple) and len(self.budget) != layers:
-            check.fail(self.name, f"{len(self.budget)} budgets for {layers} layers", "one for each layer, or one number")
-        for budget in self.budget if isinstance(self.budget, tuple) else (self.budget,):
-            if budget is not None:
-                fix = f"first={self.first}, last={self.last} and slack={self.slack} count inside the budget"
-                check.at_least(self.name, max(1, self.first + self.last) + self.slack, fix, budget=budget)
-        return (None,) * layers
-
-    @property
-    def scores(self) -> bool:
-        """Whether its score tells tokens apart."""
-        return self.score is not no_score
-
-    def stored(self, store: Storage) -> Policy:
-        """The same choice, held in a format of `memlens.kv.storage`: `snapkv(128).stored(kivi(bits=4))`.
-
-        Raises:
-            ValueError: a format that cannot hold what this policy keeps, with the reason.
-        """
-        if why := store.problem(self):
-            check.fail(self.name, f"storage {store.name!r}", "a format that goes with it", why)
-        return self._replace(store=store)
-
-    def storage(self, layer: int) -> Storage | None:
-        """The format of one layer; None where tokens are held as they are."""
-        return self.store and self.stored(self.store).store.at(layer)
-
-    def tokens(self, layer: int) -> int | None:
-        """Tokens that a kv head of this layer may hold; None for all."""
-        return self.budget[layer] if isinstance(self.budget, tuple) else self.budget
-
-    def observe(
-        self, state: tuple, layer: int, q: Tensor, k: Tensor, v: Tensor, q_start: int, lse: Tensor | None = None, *,
-        pad: Tensor | None = None, scale: float | None = None,
-    ) -> tuple:  # fmt: skip
-        """The state after one more block of queries; k and v are all the keys held, the block's own at the end."""
-        check.at_least(self.name, 0, "hand over the held keys with the new ones appended", q_start=k.shape[2] - q.shape[2])
-        before = state[layer] or LayerState(stream(k.shape[0], k.shape[1], device=k.device))
-        alive = None if pad is None else positions(before.stream, q.shape[2], pad) >= 0
-        block = Block(q, k, v, q_start, lse, alive, pad, scale, layer)
-        if before.done:
-            after = before._replace(stream=extend(before.stream, _nothing(block), pad=pad))
-        else:
-            after = self.score(before, block)
-        return _put(state, layer, after)
-
-    def plan(self, state: tuple, layer: int, length: int) -> Tensor | None:
-        """Which of the `length` tokens stay, (B, Hkv, b) ascending; None where all do."""
-        held, budget = state[layer].stream, self.tokens(layer)
-        if budget is None or budget >= length or state[layer].done:
-            return None
-        return topk_keep(held.score, budget - self.slack, first=self.first, last=self.last, alive=_real(held.pos))
-
-    def took(self, state: tuple, layer: int, idx: Tensor | None) -> tuple:
-        """The state once the plan was carried out (idx None: nothing went). A one-time policy is done with it."""
-        now = state[layer]
-        kept = now.stream if idx is None else take(now.stream, idx)
-        once = self.when == "prompt"
-        return _put(state, layer, LayerState(kept, None if once else now.memory, once))
-
-    def hear(self, state: tuple, surprise: Tensor) -> tuple:
-        """The state once the surprisal (B, n) of the n newest tokens is known, for a policy that `hears`."""
-        return tuple(eviction.hear(entry, surprise) for entry in state)
-
-
-def _put(state: tuple, layer: int, value: LayerState) -> tuple:
-    return (*state[:layer], value, *state[layer + 1 :])
-
-
-def _real(pos: Tensor) -> Tensor | None:
-    real = pos >= 0
-    return None if bool(real.all()) else real
-
-
-def _nothing(block: Block) -> Tensor:
-    return torch.zeros(block.k.shape[:3], device=block.k.device)
 
 
 # --- scores: (state of a layer, block) -> state of the layer -------------------------------------------------------
 
 
-def no_score(state: LayerState, block: Block) -> LayerState:
-    """Every token is worth 0."""
-    return state._replace(stream=extend(state.stream, _nothing(block), pad=block.pad))
-
-
 def recency(state: LayerState, block: Block) -> LayerState:
     """A token is worth its position: the newest stay."""
-    after = extend(state.stream, _nothing(block), pad=block.pad)
+    after = extend(state.stream, nothing(block), pad=block.pad)
     return state._replace(stream=after._replace(score=after.pos.float()))
 
 
@@ -186,7 +53,7 @@ def accumulated(state: LayerState, block: Block, *, group: str) -> LayerState:
     sums = mass.unflatten(1, (kv_heads, -1))  # (B, Hkv, g, L)
     if "heads" in before.aux:
         sums[..., : before.score.shape[-1]] += before.aux["heads"]
-    after = extend(before._replace(aux={"heads": sums}), _nothing(block), pad=block.pad)
+    after = extend(before._replace(aux={"heads": sums}), nothing(block), pad=block.pad)
     return state._replace(stream=after._replace(score=sums.amax(2)))
 
 
@@ -197,14 +64,14 @@ def observed(state: LayerState, block: Block, *, window: int, kernel: int, pool:
     mass = column_mass(q, block.k, group=group, alive=block.alive, scale=block.scale)
     before = max(0, length - window)  # the window's own columns are kept anyway and must not leak into the pool
     score = torch.cat((smooth(mass[..., :before], kernel, pool), mass[..., before:]), -1)
-    after = extend(state.stream, _nothing(block), pad=block.pad)
+    after = extend(state.stream, nothing(block), pad=block.pad)
     return state._replace(stream=after._replace(score=score), memory=q.clone())
 
 
 def last_row(state: LayerState, block: Block) -> LayerState:
     """A token is worth what the newest row gives it, averaged over all heads."""
     mass = column_mass(block.q, block.k, reduce="last", alive=block.alive, scale=block.scale)
-    after = extend(state.stream, _nothing(block), pad=block.pad)
+    after = extend(state.stream, nothing(block), pad=block.pad)
     return state._replace(stream=after._replace(score=mass.mean(1, keepdim=True).expand_as(mass).contiguous()))
 
 

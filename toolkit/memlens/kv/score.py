@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from memlens import backend, check
 
 __all__ = [
-    "Persistence", "column_mass", "group_heads", "gumbel_mass", "hit_rate", "persistence_ratio", "retained_mass", "smooth",
-    "surprisal",
+    "Persistence", "column_mass", "group_heads", "gumbel_mass", "hit_rate", "persistence_ratio", "retained_mass",
+    "retaining_scores", "smooth", "surprisal",
 ]  # fmt: skip
 
 REDUCES = ("sum", "mean", "max", "last", "count_above", "count_below")
@@ -291,6 +291,31 @@ def surprisal(logits: Tensor, ids: Tensor, prev_logits: Tensor | None = None) ->
     else:
         first = F.cross_entropy(prev_logits.float(), ids[:, 0], reduction="none")[:, None]
     return torch.cat((first, nll), 1)
+
+
+def retaining_scores(q: Tensor, k: Tensor, v: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """What a trained head expects each token to be worth to later queries: (B, Hkv, L) float32, higher = more.
+
+    score_t = w2 · silu(w1 · [q_t; k_t; v_t]), all heads side by side. It depends on the token alone: later tokens cannot
+    change it. Gradients flow, for training (`memlens.kv.locret`).
+
+    Args:
+        q: (B, H, L, D), k, v: (B, Hkv, L, D), before rotary positions.
+        w1: (hidden, (H + 2 Hkv) · D); w2: (Hkv, hidden).
+    Raises:
+        ValueError: shapes that disagree.
+    Source: arXiv:2410.01805, section 3.2.
+    """
+    cached = "batch kv_heads length dim"
+    sizes = check.shapes(
+        "retaining_scores", q=(q, "batch heads length dim"), k=(k, cached), v=(v, cached), w1=(w1, "hidden inputs"),
+        w2=(w2, "kv_heads hidden"),
+    )  # fmt: skip
+    wanted = (sizes["heads"] + 2 * sizes["kv_heads"]) * sizes["dim"]
+    if sizes["inputs"] != wanted:
+        check.fail("retaining_scores", f"w1 for {sizes['inputs']} inputs", f"{wanted}: all heads of q, k and v")
+    x = torch.cat((q, k, v), 1).float().transpose(1, 2).flatten(2)
+    return F.linear(F.silu(F.linear(x, w1.float())), w2.float()).transpose(1, 2)
 
 
 class Persistence(NamedTuple):

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from memlens import check
 
-__all__ = ["StreamState", "complement", "extend", "gather_kv", "positions", "repeat", "stream", "take", "topk_keep"]
+__all__ = [
+    "StreamState", "chunk_landmarks", "complement", "extend", "fixed_point", "gather_kv", "outlier_chunks", "positions",
+    "repeat", "stream", "take", "topk_keep",
+]  # fmt: skip
 
 
 def topk_keep(score: Tensor, budget: int, *, first: int = 0, last: int = 0, alive: Tensor | None = None) -> Tensor:
@@ -49,6 +52,27 @@ def topk_keep(score: Tensor, budget: int, *, first: int = 0, last: int = 0, aliv
     tier = alive.to(torch.uint8) + protected.to(torch.uint8)  # padding 0, ordinary 1, protected 2
     best = tier.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices[..., :budget]
     return order.gather(-1, best).sort(dim=-1).values
+
+
+def fixed_point(held: int, p: int, count: int = 1, *, start: int = 0, alive: Tensor | None = None) -> Tensor:
+    """What is left of `held` tokens when the one at index p goes, `count` times over: (held - count,) int64, ascending.
+
+    Args:
+        p: the same index every time, so that tokens p to p + count - 1 go.
+        start: tokens at the beginning that must stay.
+        alive: (..., held) bool; False marks padding, which goes first and is not counted in p. The result is then (..., held -
+            count).
+    Raises:
+        ValueError: p outside [start, held - count].
+    Source: the deletion of arXiv:2407.18121 (Elastic Cache) while it writes.
+
+    >>> fixed_point(6, 2)
+    tensor([0, 1, 3, 4, 5])
+    """
+    check.at_least("fixed_point", 1, count=count)
+    check.within("fixed_point", start, held - count, p=p)
+    flat = torch.zeros(held) if alive is None else torch.zeros(alive.shape, device=alive.device)
+    return topk_keep(flat, held - count, first=p, last=held - count - p, alive=alive)
 
 
 def complement(idx: Tensor, length: int) -> Tensor:
@@ -131,3 +155,40 @@ def repeat(state: StreamState, times: int) -> StreamState:
     """The state of a batch whose every row is repeated `times`, as `repeat_interleave` does with keys and values."""
     aux = {name: value.repeat_interleave(times, 0) for name, value in state.aux.items()}
     return StreamState(*(x.repeat_interleave(times, 0) for x in state[:2]), state.step, aux)
+
+
+def chunk_landmarks(k: Tensor, chunk: int = 8) -> Tensor:
+    """The mean key of every `chunk` consecutive tokens of k (B, Hkv, L, D): (B, Hkv, L / chunk, D).
+
+    Raises:
+        ValueError: a length that is no multiple of chunk.
+    Source: arXiv:2410.21465, section 4.1.
+    """
+    sizes = check.shapes("chunk_landmarks", k=(k, "batch kv_heads length dim"))
+    check.at_least("chunk_landmarks", 1, chunk=chunk)
+    check.divides("chunk_landmarks", chunk=chunk, length=sizes["length"])
+    return k.unflatten(2, (-1, chunk)).mean(3)
+
+
+def outlier_chunks(k: Tensor, landmarks: Tensor, n: int) -> Tensor:
+    """The n chunks of each head that their landmark describes worst, (B, Hkv, n) int64 ascending.
+
+    A chunk is as bad as its worst key: the least cosine between one of its keys and the landmark.
+
+    Args:
+        k: (B, Hkv, L, D); landmarks: (B, Hkv, C, D) from `chunk_landmarks`.
+        n: at least 0, and fewer than the chunks.
+    Raises:
+        ValueError: a length that is no multiple of C, n outside [0, C - 1].
+    Source: arXiv:2410.21465, section 4.1.
+    """
+    sizes = check.shapes(
+        "outlier_chunks", k=(k, "batch kv_heads length dim"), landmarks=(landmarks, "batch kv_heads chunks dim")
+    )
+    check.divides("outlier_chunks", chunks=sizes["chunks"], length=sizes["length"])
+    check.within("outlier_chunks", 0, sizes["chunks"] - 1, n=n)
+    if n == 0:
+        return torch.empty(*k.shape[:2], 0, dtype=torch.int64, device=k.device)
+    keys = k.unflatten(2, (sizes["chunks"], -1))
+    worst = torch.nn.functional.cosine_similarity(keys.float(), landmarks.float()[:, :, :, None], dim=-1).amin(-1)
+    return topk_keep(-worst, n)

@@ -9,7 +9,12 @@ A format is a few parameters; what it holds for one layer is a value, replaced a
     k, v = store.read(held, dtype)                      (B, Hkv, tokens, D), oldest first
     store.parts(held)                                   every tensor by part: payload, scales, indices, residual
 
-`kivi` and `mixed` (MiKV) are in `memlens.kv.kivi` and `memlens.kv.mikv`, `block_floats` (K-sort) in `memlens.kv.ksort`.
+`kivi` and `mixed` (MiKV) are in `memlens.kv.kivi` and `memlens.kv.mikv`, `block_floats` (K-sort) in `memlens.kv.ksort`,
+`think` in `memlens.kv.think`, `low_rank` in `memlens.kv.lowrank`; `memlens.kv.retrieval` has formats whose attention fetches a
+part of what they hold.
+
+A format may also have `rows` (how many of the prompt's newest queries its first `commit` wants, as `query_rows` beside
+`pad`), `waits` (it takes a prompt that comes in parts as a whole) and `retrieve` (its own attention, from the second forward on).
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Storage", "attend_all", "changed", "gathered", "held_bytes", "part_bytes", "plain", "query_peak", "tensors"]
 
-PARTS = ("payload", "scales", "indices", "residual")
+PARTS = ("payload", "scales", "indices", "residual", "slow")  # slow: what may lie in slow memory
 
 
 class Storage(Protocol):

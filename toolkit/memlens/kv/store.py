@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import CacheLayerMixin
 
 from memlens import check
+from memlens.attention.exact import attend
 from memlens.kv.select import gather_kv
 from memlens.kv.storage import Storage, changed, query_peak
 
@@ -31,6 +32,9 @@ class HeldLayer(CacheLayerMixin):
         self.seen, self.store = 0, store
         self.stored: Any = None  # the format's state; None before the first tokens were settled
         self.query_peak: Tensor | None = None  # of the prompt, for a format that asks for it
+        self.query_rows: Tensor | None = None  # the prompt's newest queries, likewise
+        self.pad: Tensor | None = None  # (B,) tokens of left padding in it
+        self.most = 0  # tokens held at once so far
         self.settled = 0  # bytes held when the last tokens had been settled
 
     @property
@@ -59,35 +63,57 @@ class HeldLayer(CacheLayerMixin):
         if self.keys is None and self.stored is not None:
             self.keys, self.values = self.store.read(self.stored, self.dtype)
         self.keys, self.values = _append(self.keys, key_states), _append(self.values, value_states)
-        self.seen += key_states.shape[-2]
+        self.seen, self.most = self.seen + key_states.shape[-2], max(self.most, self.keys.shape[-2])
         return self.keys, self.values
 
-    def observe(self, q: Tensor) -> None:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, bias: Tensor | None, scale: float | None):
+        """(out, lse) over all that is held, or over what the format retrieves of it once it has a prompt; lse is None then."""
+        retrieve = getattr(self.store, "retrieve", None)
+        if retrieve is None or self.stored is None:
+            return attend(q, k, v, mask=mask, bias=bias, scale=scale, return_lse=True)
+        if mask is not None or bias is not None:
+            fix = "run prompts of one length or one by one, and choose a policy without a bias"
+            refuse(f"padding, or a bias on the scores, with {self.store.name!r}, which retrieves", fix)
+        return retrieve(self.stored, q, k, v, scale=scale), None
+
+    def observe(self, q: Tensor, pad: Tensor | None = None) -> None:
         """Take note of the queries, for a format that asks for them."""
         if self.store is not None and self.store.balances and self.stored is None:
             peak = query_peak(q, self.keys.shape[1])
             self.query_peak = peak if self.query_peak is None else torch.maximum(self.query_peak, peak)
+        if rows := getattr(self.store, "rows", 0) if self.stored is None else 0:
+            if pad is not None:
+                place = torch.arange(self.seen - q.shape[2], self.seen, device=q.device)
+                q = q * (place >= pad[:, None])[:, None, :, None]
+            self.query_rows, self.pad = _append(self.query_rows, q)[:, :, -rows:].clone(), pad
 
-    def settle(self, idx: Tensor | None, score: Tensor) -> int:
-        """Keep the tokens idx (None: all), as the format holds them; returns its bytes while both forms were alive."""
+    def settle(self, idx: Tensor | None, score: Tensor, merged: tuple[Tensor, Tensor] | None = None) -> int:
+        """Keep the tokens idx (None: all), as the format holds them; returns its bytes while both forms were alive.
+
+        `merged` are the keys and values at idx where they are not those that are held.
+        """
         before = self.nbytes
         if self.store is None and idx is None:
             self.settled = before
             return before
-        if self.store is None:
+        if merged is not None:
+            (self.keys, self.values), idx = merged, None
+        if self.store is None and merged is None:
             self.keys, self.values = gather_kv(self.keys, self.values, idx)
-        else:
+        elif self.store is not None:
             count = 0 if self.stored is None else self.store.count(self.stored)
             new = (x[..., count:, :] for x in (self.keys, self.values))
-            self.stored = self.store.commit(self.stored, *new, idx, score=score, query_peak=self.query_peak)
-            self.keys = self.values = self.query_peak = None
+            asked = {} if self.query_rows is None else {"query_rows": self.query_rows, "pad": self.pad}
+            self.stored = self.store.commit(self.stored, *new, idx, score=score, query_peak=self.query_peak, **asked)
+            self.keys = self.values = self.query_peak = self.query_rows = self.pad = None
         self.settled = self.nbytes
         return before + self.settled
 
     def repeat(self, times: int) -> None:
         """Repeat every row of the batch."""
-        held = (self.keys, self.values, self.stored, self.query_peak)
-        self.keys, self.values, self.stored, self.query_peak = changed(held, lambda x: x.repeat_interleave(times, 0))
+        held = (self.keys, self.values, self.stored, self.query_peak, self.query_rows, self.pad)
+        held = changed(held, lambda x: x.repeat_interleave(times, 0))
+        self.keys, self.values, self.stored, self.query_peak, self.query_rows, self.pad = held
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.held + query_length, 0
@@ -99,8 +125,8 @@ class HeldLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.keys = self.values = self.stored = self.query_peak = None
-        self.is_initialized, self.seen = False, 0
+        self.keys = self.values = self.stored = self.query_peak = self.query_rows = self.pad = None
+        self.is_initialized, self.seen, self.most = False, 0, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         refuse(f"crop({tokens_to_remove})", "fork() the cache before the tokens to drop")

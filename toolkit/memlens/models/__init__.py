@@ -2,7 +2,9 @@
 
 from importlib import import_module
 
-_HOMES = {"smollm2": "real", "TinyLM": "tiny", "Layer": "tiny", "train": "tiny", "load_checkpoint": "tiny"}
+_HOMES = {
+    "smollm2": "real", "minilm": "sentence", "TinyLM": "tiny", "Layer": "tiny", "train": "tiny", "load_checkpoint": "tiny",
+}  # fmt: skip
 __all__ = list(_HOMES)
 
 

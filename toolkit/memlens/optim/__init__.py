@@ -12,6 +12,8 @@ _HOMES = {
     "coded_adam_step": "lowbit", "coded_direction": "lowbit",
     "ProjectedState": "galore", "galore_low": "galore", "galore_step": "galore", "projected_direction": "galore",
     "projected_low": "galore",
+    "Adapter": "peft", "lora": "peft", "lora_init": "peft", "lowrank_delta": "peft", "response_mask": "peft",
+    "load_adapter": "peft", "save_adapter": "peft", "grpo_advantage": "loss", "soft_barrier": "loss",
     "Projected": "projected", "projected_groups": "projected",
 }  # fmt: skip
 __all__ = list(_HOMES)

@@ -7,6 +7,7 @@ _HOMES = {
     "topk_gate": "gate", "load_balance": "gate", "mix_experts": "gate",
     "segment_counts": "consistency", "srp": "consistency", "srp_floor": "consistency", "sch": "consistency",
     "shuffle_control": "consistency", "srp_controlled": "consistency", "expert_specialization": "consistency",
+    "Switcher": "switcher", "chunk_means": "switcher", "decide": "switcher", "smooth": "switcher", "train_switcher": "switcher",
     "hit_curve": "caching", "simulate": "caching",
 }  # fmt: skip
 __all__ = list(_HOMES)

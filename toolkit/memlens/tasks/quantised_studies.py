@@ -52,21 +52,25 @@ def passage(model: Any, tokenizer: Any, name: str, length: int = PROMPT) -> tupl
     return ids, prefill(model, ids, keep_queries=True)
 
 
-def copy_nll(model: Any, ids: Tensor, filled: Prefilled, chosen: Iterable[str] | None = None) -> xr.DataArray:
+def copy_nll(
+    model: Any, ids: Tensor, filled: Prefilled, chosen: Iterable[str] | None = None, table: dict[str, Policy] | None = None,
+    at: tuple[int, ...] = SPANS,
+) -> xr.DataArray:  # fmt: skip
     """NLL of a span of the passage that comes again, (arm, span, token) nats; 32 tokens of it are shown first.
 
-    It is `memlens.tasks.cache_probes.copy_recall` with one prefill for all arms, and the spans as a batch.
+    It is `memlens.tasks.cache_probes.copy_recall` with one prefill for all arms, and the spans as a batch. `table` holds
+    the arms by name, by default those of `arms`; `at` says where the spans begin.
     """
-    table = arms()
+    table = arms() if table is None else table
     names = list(table if chosen is None else chosen)
-    spans, rows = torch.cat([ids[:, start : start + LEAD + SCORED] for start in SPANS]), []
+    spans, rows = torch.cat([ids[:, start : start + LEAD + SCORED] for start in at]), []
     for name in names:
         check.one_of("copy_nll", table, arm=name)
         cache = compress(filled, table[name])
-        cache.batch_repeat_interleave(len(SPANS))
+        cache.batch_repeat_interleave(len(at))
         logits = continue_with(model, cache, spans[:, :-1], keep=SCORED)
         rows.append(-logits.float().log_softmax(-1).gather(-1, spans[:, -SCORED:, None])[..., 0])
-    coords = {"arm": names, "span": list(SPANS), "token": range(SCORED)}
+    coords = {"arm": names, "span": list(at), "token": range(SCORED)}
     out = xr.DataArray(torch.stack(rows).numpy(), coords, ("arm", "span", "token"), "nll")
     return out.assign_attrs(long_name="copying: negative log-likelihood", units="nats per token")
 

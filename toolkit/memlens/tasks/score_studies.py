@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from memlens import data
+from memlens import check, data
 from memlens.attention.exact import attend
 from memlens.kv.adapter import PolicyCache
 from memlens.kv.cache import Prefilled, continue_with, stream_eval
@@ -21,44 +21,54 @@ from memlens.tasks.long_memory import ask_memory, long_memory
 
 __all__ = ["BUDGETS", "SEEDS", "fading", "memory", "persistence", "probabilities", "score_arms", "stream_scores"]
 
-BUDGETS, START = (128,), 256  # tokens held of 640; the first position that is compared
-DRAWS, SEEDS = 2, (0, 1, 2, 3, 4)  # noise per text, chats
+BUDGETS, START = (64, 128), 256  # tokens held of 640; the first position that is compared
+DRAWS, SEEDS = 5, (0, 1, 2, 3, 4)  # noise per text, chats
 SPLIT, THRESHOLDS = 271, ("1/t", "10/t")  # of 543 tokens, as half of them
 HELD = 96  # in the chat
 
 
-def score_arms(budget: int) -> dict[str, Policy]:
-    """The policies side by side, all with `budget` tokens; one that draws noise draws for each row of a batch."""
-    noise = torch.Generator().manual_seed(budget)
+def score_arms(budget: int, draw: int = 0) -> dict[str, Policy]:
+    """The policies side by side, all with `budget` tokens; `draw` seeds those that are random."""
     return {
         "streaming": streaming(budget),
         "H2O": h2o(budget // 2, budget - budget // 2),
-        "Keyformer": keyformer(budget, generator=noise, tau_delta=1 / STREAM),  # from 1 to 2, as the paper
-        "Keyformer, tau 1": keyformer(budget, generator=noise, tau_delta=0.0),
+        "Keyformer": keyformer(budget, generator=_noise(draw), tau_delta=1 / STREAM),  # from 1 to 2, as the paper
+        "Keyformer, tau 1": keyformer(budget, generator=_noise(draw), tau_delta=0.0),
         "Scissorhands": scissorhands(budget),
         "Scissorhands, drop 1": scissorhands(budget, drop=0.0),
         "SirLLM": sirllm(entropy=budget // 2, recent=budget // 2 - 4),
     }
 
 
-def draws(method: str) -> int:
-    """How many independent runs an arm needs for its spread."""
-    return DRAWS if method == "Keyformer" else 1
+def _noise(draw: int) -> torch.Generator:
+    return torch.Generator().manual_seed(draw)
 
 
-def stream_scores(model: Any, tokenizer: Any, name: str, budget: int, methods: Sequence[str] | None = None) -> xr.DataArray:
-    """KL from the full cache on 640 streamed tokens, mean from position 256 on, (method, draw) nats; NaN beyond the draws."""
-    ids = data.text(name, start=TEXTS[name], length=STREAM, tokenizer=tokenizer)
-    full = stream_eval(model, ids, chunk=STREAM, start=START)
-    arms, rows = score_arms(budget), []
-    for method in methods or arms:
-        count = draws(method)
-        logits = stream_eval(model, ids.expand(count, -1), arms[method], CHUNK, START)
-        mean = torch.stack([kl_divergence(full[0], one).mean() for one in logits])
-        rows.append(torch.nn.functional.pad(mean, (0, DRAWS - count), value=torch.nan))
-    coords = {"method": list(methods or arms), "draw": range(DRAWS)}
-    kl = xr.DataArray(torch.stack(rows).numpy(), coords, ("method", "draw"), "kl")
-    return kl.assign_attrs(long_name="KL from the full cache, streamed", units="nats")
+def stream_scores(
+    model: Any, tokenizer: Any, name: str, budget: int, methods: Sequence[str] | None = None, *, stop: int = STREAM,
+    draws: int = 1,
+) -> xr.DataArray:  # fmt: skip
+    """KL from the full cache on a streamed text, means of 32 positions from 256 to `stop`, (method, draw, block) nats.
+
+    640 tokens come 32 at a time, `budget` are held. Beyond the first draw only Keyformer has values; the rest is NaN.
+
+    Raises:
+        ValueError: a stop that is no multiple of 32 beyond 256, at most 640; an unknown method.
+    """
+    check.within("stream_scores", START + CHUNK, STREAM, stop=stop)
+    check.divides("stream_scores", chunk=CHUNK, stop=stop)
+    ids = data.text(name, start=TEXTS[name], length=STREAM, tokenizer=tokenizer)[:, :stop]
+    full, chosen = stream_eval(model, ids, chunk=stop, start=START), list(methods or score_arms(budget))
+    kl = torch.full((len(chosen), draws, (stop - START) // CHUNK), torch.nan)
+    for row, method in enumerate(chosen):
+        check.one_of("stream_scores", score_arms(budget), method=method)
+        for draw in range(draws if method.startswith("Keyformer") else 1):
+            logits = stream_eval(model, ids, score_arms(budget, draw)[method], CHUNK, START)
+            kl[row, draw] = kl_divergence(full, logits)[0].unflatten(-1, (-1, CHUNK)).mean(-1)
+    coords = {"method": chosen, "draw": range(draws), "block": range(START, stop, CHUNK)}
+    out = xr.DataArray(kl.numpy(), coords, ("method", "draw", "block"), "kl")
+    out.block.attrs = {"long_name": "position in the text", "units": "first of 32 tokens"}
+    return out.assign_attrs(long_name="KL from the full cache, streamed", units="nats")
 
 
 def probabilities(filled: Prefilled, layer: int) -> Tensor:
