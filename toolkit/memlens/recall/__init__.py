@@ -7,7 +7,7 @@ cache = ExampleCache.empty().insert(Example(request, answer), vectors[0])
 idx, cosine = cache.near(vector, k=20)
 """
 
-from importlib import import_module
+from memlens.lazy import attach
 
 _HOMES = {
     "Cost": "index", "Index": "index", "cells": "index", "flat": "index", "hnsw": "index",
@@ -16,10 +16,4 @@ _HOMES = {
     "knapsack_keep": "routing", "load_bias": "routing", "replay_gain": "routing", "replay_order": "routing",
     "select_examples": "routing", "ThresholdGrid": "routing",
 }  # fmt: skip
-__all__ = list(_HOMES)
-
-
-def __getattr__(name: str):
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+__all__, __getattr__, __dir__ = attach(__name__, _HOMES)

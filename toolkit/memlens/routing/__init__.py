@@ -1,6 +1,6 @@
 """Mixtures of experts as a memory question: which experts a text needs, in what order, and what a cache of them saves."""
 
-from importlib import import_module
+from memlens.lazy import attach
 
 _HOMES = {
     "RoutingTrace": "trace", "record": "trace", "moefy": "oracle", "join": "trace", "reroute": "trace", "shipped": "trace",
@@ -10,10 +10,4 @@ _HOMES = {
     "Switcher": "switcher", "chunk_means": "switcher", "decide": "switcher", "smooth": "switcher", "train_switcher": "switcher",
     "hit_curve": "caching", "simulate": "caching",
 }  # fmt: skip
-__all__ = list(_HOMES)
-
-
-def __getattr__(name: str):
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+__all__, __getattr__, __dir__ = attach(__name__, _HOMES)

@@ -219,12 +219,12 @@ def _dataset(trace: RoutingTrace, level: str, values: dict[str, Tensor]) -> xr.D
 
 
 NAMES = {
-    "srp": "segment routing best performance (F1)",
+    "srp": "SRP",
     "size_ratio": "experts taken for each active one",
     "threshold": "best threshold",
     "act_ratio": "share of active experts",
-    "floor": "F1 of taking every expert",
-    "shuffled": "SRP of the shuffled text",
+    "floor": "every expert taken",
+    "shuffled": "SRP, text shuffled",
     "ci_lb": "SRP, lower end of 95%",
     "ci_ub": "SRP, upper end of 95%",
 }

@@ -8,21 +8,11 @@ Axis text comes from `long_name` and `units`. `Panel` lists every option of a pl
 `memlens.viz.redraw` draws stored figures again for a paper. Nothing here imports torch; holoviews loads for a live view.
 """
 
-from importlib import import_module
+from memlens.lazy import attach
 
 _HOME = {
     "draw": "figure", "Drawing": "figure", "STYLES": "figure", "Panel": "spec", "FigureSpec": "spec",
     "save_figure": "store", "Picture": "store", "read_figure": "store", "View": "notebook", "live": "notebook",
     "explore": "notebook", "label_of": "tidy", "frontier": "tidy",
 }  # fmt: skip
-__all__ = list(_HOME)
-
-
-def __getattr__(name: str):
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__all__, __getattr__, __dir__ = attach(__name__, _HOME)

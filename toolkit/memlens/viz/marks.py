@@ -102,7 +102,7 @@ def heatmap(hv, chart: Chart, dims, limits: tuple[float, float]):
         hover_tooltips=[*tips, (grid.label, "@image{0.[0000]}")],
         clim=(low if panel.vmin is None else panel.vmin, high if panel.vmax is None else panel.vmax),
         colorbar_opts={
-            "width": 12, "title_text_font_style": "normal", "title_text_font_size": "9pt",
+            "width": 12, "title_standoff": 10, "title_text_font_style": "normal", "title_text_font_size": "9pt",
             "major_label_text_font_size": "9pt",
         },
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Serving arithmetic: what an iteration takes, how two kinds of device share it, and what a batch of prompts has in common."""
 
-from importlib import import_module
+from memlens.lazy import attach
 
 _HOMES = {
     "LLAMA3_70B": "roofline", "Plan": "roofline", "cost_per_token": "roofline", "kv_bytes": "roofline",
@@ -14,10 +14,4 @@ _HOMES = {
     "BATCHLLM": "batching", "LRU": "batching", "Batching": "batching", "Request": "batching",
     "simulate_batching": "batching",
 }  # fmt: skip
-__all__ = list(_HOMES)
-
-
-def __getattr__(name: str):
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__, __getattr__, __dir__ = attach(__name__, _HOMES)
