@@ -30,11 +30,14 @@ def test_the_readme_example_runs(here):
 
 
 def test_a_changed_verdict_makes_the_readme_stale(put, clone):
-    (clone / "README.md").write_text("<!-- generated: verdicts -->\n<!-- end: verdicts -->\n")
+    (clone / "README.md").write_text("<!-- generated: methods -->\n<!-- end: methods -->\n")
+    (clone / "docs").mkdir(exist_ok=True)
+    (clone / "docs" / "verdicts.md").write_text("<!-- generated: verdicts -->\n<!-- end: verdicts -->\n")
     put([], "00-start-here")
     store(put(whole()))
-    assert ledger.refresh() == ["README.md"]
-    assert "| c |  | 1 | <= 2 | **holds** |" in (clone / "README.md").read_text()
+    assert ledger.refresh() == ["README.md", "docs/verdicts.md"]
+    assert "| c |  | 1 | <= 2 | **holds** |" in (clone / "docs" / "verdicts.md").read_text()
+    assert "| 1 holds | c | 1 | <= 2 | **holds** |" in (clone / "README.md").read_text()
     assert ledger.stale() == []
     store(put(whole("x = 3.0")))
-    assert ledger.stale() == ["README.md"]
+    assert ledger.stale() == ["README.md", "docs/verdicts.md"]

@@ -50,6 +50,22 @@ def verdict_table(link: str) -> str:
     return "\n".join(lines)
 
 
+def method_table(link: str) -> str:
+    """One row a method: what its verdicts say, and the first that was measured."""
+    lines = [_cells("paper", "verdicts", "for instance", "measured", "band", "verdict"), _cells(*["---"] * 6)]
+    for name, found in stored().items():
+        for key in dict.fromkeys(row.key for row in found):
+            rows = [row for row in found if row.key == key]
+            one = next((row for row in rows if row.kind == "measured"), rows[0])
+            paper = f"[{key}]({link}notebooks/{name}.ipynb)"
+            lines.append(_cells(paper, _tally(rows), one.claim, one.measured, one.band, f"**{one.verdict}**"))
+    return "\n".join(lines)
+
+
+def _tally(rows: Iterable[Verdict]) -> str:
+    return "<br>".join(f"{count} {word}" for word, count in Counter(row.verdict for row in rows).items())
+
+
 def family_table() -> str:
     """Papers known and papers working, by family."""
     known = Counter(entry.family for entry in entries().values())
@@ -64,18 +80,19 @@ def gallery(link: str) -> str:
     rows = [row for found in stored().values() for row in found]
     lines = [_cells("figure", "method", "verdicts"), _cells("---", "---", "---")]
     for entry in entries().values():
-        words = Counter(row.verdict for row in rows if row.key == entry.name)
-        if entry.status != "working" or not words:
+        own = [row for row in rows if row.key == entry.name]
+        if entry.status != "working" or not own:
             continue
         figure = f"figures/{entry.notebook.removeprefix('notebooks/').removesuffix('.ipynb').replace('/', '-')}.png"
         picture = f'<img src="{link}{figure}" width="260">' if (root() / figure).exists() else ""
         method = f"[**{entry.key}**]({link}{entry.notebook}): {entry.summary}"
-        lines.append(_cells(picture, method, "<br>".join(f"{count} {word}" for word, count in words.items())))
+        lines.append(_cells(picture, method, _tally(own)))
     return "\n".join(lines)
 
 
 PARTS = {
-    "README.md": {"families": lambda: family_table(), "verdicts": lambda: verdict_table("")},
+    "README.md": {"families": lambda: family_table(), "methods": lambda: method_table("")},
+    "docs/verdicts.md": {"verdicts": lambda: verdict_table("../")},
     "notebooks/00-start-here.ipynb": {"gallery": lambda: gallery("../")},
 }
 
