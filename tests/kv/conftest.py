@@ -26,7 +26,10 @@ def dense():
 
 
 def dense_under_keep_mask(model, cache, parts):
-    """(logits of an evicting run over `parts`, logits of one dense forward whose attention is masked to what was held)."""
+    """(logits of an evicting run over `parts`, logits of one dense forward whose attention is masked to what was held).
+
+    A cache that has seen parts[0] already gives no logits for it.
+    """
     from memlens.attention.exact import attend
     from memlens.models.hooks import use_attention
 
@@ -42,8 +45,9 @@ def dense_under_keep_mask(model, cache, parts):
                     held = cache.positions(layer).long()[:, :, None].expand(-1, -1, stop - start, -1)
                     keep[layer, :, :, start:stop].scatter_(-1, held, True)
                 keep[layer, :, :, start:stop, start:stop] = True
-            with cache.on(model):
-                got.append(model(part, past_key_values=cache).logits)
+            if stop > cache.get_seq_length():
+                with cache.on(model):
+                    got.append(model(part, past_key_values=cache).logits)
             start = stop
 
         def masked(layer, q, k, v, offset):

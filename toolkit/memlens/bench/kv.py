@@ -1,4 +1,4 @@
-"""Scores and compressed prefills against torch's attention without scores, a plain prefill and NVIDIA's kvpress.
+"""Scores, compressed prefills and decoding: against torch's attention without scores, a plain prefill and NVIDIA's kvpress.
 
 The prefills run four layers of SmolLM2's widths with random weights: the cost of a layer is that of the real model.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from copy import copy
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -16,12 +17,17 @@ import torch
 from torch.nn import functional as F
 
 from memlens.bench.case import Case
-from memlens.kv.policies import Policy, h2o, snapkv, streaming
+from memlens.kv.kivi import Kivi, kivi
+from memlens.kv.observe import decode_observe
+from memlens.kv.policies import Block, LayerState, Policy, h2o, snapkv, streaming
 from memlens.kv.score import column_mass
+from memlens.kv.select import extend
+from memlens.kv.storage import held_bytes
 
 __all__ = ["cases", "kvpress"]
 
 LENGTH, BUDGET, WINDOW = 1024, 205, 32
+HELD = 4096  # tokens before a step
 DECODE = 50  # steps of one call
 
 
@@ -80,6 +86,13 @@ def _pressed(model: Any, ids: torch.Tensor, press: Any) -> Callable[[], object]:
     return run
 
 
+def _key_norm(state: LayerState, block: Block) -> LayerState:
+    """A token is worth the more, the shorter its key: the score of kvpress's Knorm."""
+    return state._replace(
+        stream=extend(state.stream, 0.0 * block.k[..., 0], pad=block.pad)._replace(score=-block.k.norm(dim=-1))
+    )
+
+
 def _prefills() -> list[Case]:
     model, eager = _model(), _model("eager")
     ids = torch.randint(0, 128, (1, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -87,6 +100,7 @@ def _prefills() -> list[Case]:
         "snapkv": snapkv(BUDGET, window=WINDOW),
         "h2o": h2o(BUDGET // 2, BUDGET - BUDGET // 2),
         "streaming": streaming(BUDGET),
+        "knorm": Policy("knorm", _key_norm, BUDGET, when="prompt"),
     }
     found = [
         Case(f"prefill {LENGTH} + {name}", _compressed(model, ids, policy), lambda: _plain(model, ids), "plain prefill")
@@ -94,6 +108,7 @@ def _prefills() -> list[Case]:
     ]
     peers = {
         "snapkv": ("snapkv_press:SnapKVPress", model),
+        "knorm": ("knorm_press:KnormPress", model),
         "h2o": ("observed_attention_press:ObservedAttentionPress", eager),
     }
     for name, (press, other) in peers.items():
@@ -118,20 +133,63 @@ def _attention() -> list[Case]:
     mass = Case(
         "column_mass torch 1x9x2048x64", lambda: column_mass(q, k, form="torch"), sdpa, "torch sdpa, no scores", flops
     )
-    return [mass, _decode(generator)]
+    return [mass, *_decode(generator), *_packed(generator)]
 
 
-def _decode(generator: torch.Generator) -> Case:
-    """The attention part of a step over 4,096 held tokens, and over the 20 % that a policy leaves."""
+def _decode(generator: torch.Generator) -> list[Case]:
+    """The attention part of a step over the held tokens, over the 20 % that a policy leaves, and with the scores beside it."""
     from memlens.attention.exact import attend
 
     q = torch.randn(1, 9, 1, 64, generator=generator)
-    full, few = ([torch.randn(1, 3, n, 64, generator=generator) for _ in "kv"] for n in (4096, 819))
+    full, few = ([torch.randn(1, 3, n, 64, generator=generator) for _ in "kv"] for n in (HELD, HELD // 5))
 
     def steps(kv):
         return lambda: [attend(q, *kv) for _ in range(DECODE)]
 
-    return Case(f"{DECODE} decode steps, 819 of 4096 held", steps(few), steps(full), "all 4096 held")
+    def twice():
+        for _ in range(DECODE):
+            column_mass(q, few[0], lse=attend(q, *few, return_lse=True).lse)
+
+    def once():
+        for _ in range(DECODE):
+            decode_observe(q, *few)
+
+    return [
+        Case(f"{DECODE} decode steps, {HELD // 5} of {HELD} held", steps(few), steps(full), f"all {HELD} held"),
+        Case(f"{DECODE} decode_observe, {HELD // 5} held", once, twice, "attend, then column_mass with its lse"),
+    ]
+
+
+def _packed(generator: torch.Generator) -> list[Case]:
+    """Ten steps of a layer on KIVI's 4 bits: read in place, against a copy made first, and against plain tokens."""
+    from memlens.kv.store import HeldLayer
+
+    k, v, new = (torch.randn(1, 3, n, 64, generator=generator) for n in (HELD, HELD, 1))
+    q = torch.randn(1, 9, 1, 64, generator=generator)
+    store = kivi(4)
+    held = held_bytes(store.parts(store.commit(None, k, v)))
+    share = sum(held.values()) / (2 * k.numel() * k.element_size())
+    print(f"kivi 4 bit, {HELD} tokens: {share:.3f} of the float32 bytes, {held}")
+
+    def steps(store: Kivi | None):
+        start = HeldLayer(store)
+        start.update(k, v)
+        start.settle(None, torch.zeros(1, 3, HELD))
+
+        def run():
+            layer = copy(start)  # states are immutable: every call starts from the same
+            for _ in range(10):
+                kv = layer.update(new, new)
+                layer.attend(q, *kv, mask=None, bias=None, scale=None)
+                layer.settle(None, torch.zeros(1, 3, 0))
+
+        return run
+
+    name, plain = f"10 steps on kivi 4 bit, {HELD} held", steps(None)
+    return [
+        Case(name, steps(store), steps(store._replace(in_place=False)), "the same, dequantised first"),
+        Case(name, steps(store), plain, "plain float32"),
+    ]
 
 
 def cases() -> list[Case]:

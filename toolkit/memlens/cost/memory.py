@@ -12,7 +12,7 @@ from memlens import check
 from memlens.memory.features import feature_count
 from memlens.memory.hybrid import KINDS, MixerSpec
 
-__all__ = ["LLAMA_7B", "Llama", "Weight", "llama_weights", "optimizer_bytes", "state_bytes", "training_bytes"]
+__all__ = ["LLAMA_7B", "Llama", "Weight", "kv_bytes", "llama_weights", "optimizer_bytes", "state_bytes", "training_bytes"]
 
 
 def state_bytes(spec: MixerSpec | Sequence[MixerSpec], length: int, *, cache_bytes: int = 4) -> int:
@@ -63,6 +63,33 @@ class Llama(NamedTuple):
 
 
 LLAMA_7B = Llama(4096, 11008, 32, 32000, 32, 32)
+
+
+def kv_bytes(config: Any, length: int, *, batch: int = 1, store: Any = None, itemsize: int = 2) -> dict[str, int]:
+    """Bytes of the keys and values of `length` held tokens, all layers, by part; without a format all is "payload":
+
+        2 · layers · batch · kv_heads · length · dim · itemsize
+
+    Args:
+        config: `Llama`, or a transformers config with the same fields.
+        length: tokens held by each kv head, at least 0.
+        store: a format of `memlens.kv.storage`, e.g. `kivi(4)`; its own `size` counts codes, scales, indices and rests.
+        itemsize: bytes of one plain number.
+    Raises:
+        ValueError: a negative length, a batch or itemsize below 1, what the format refuses.
+    Source: arXiv:2603.20397, the size law 2·H_kv·D·bytes·layers a token.
+    """
+    check.at_least("kv_bytes", 0, length=length)
+    check.at_least("kv_bytes", 1, batch=batch, itemsize=itemsize)
+    layers, heads = config.num_hidden_layers, config.num_key_value_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if store is None:
+        return {"payload": 2 * layers * batch * heads * length * dim * itemsize}
+    shape, total = (batch, heads, length, dim), {}
+    for layer in range(layers):
+        for part, size in store.at(layer).size(shape, itemsize).items():
+            total[part] = total.get(part, 0) + size
+    return total
 
 
 class Weight(NamedTuple):

@@ -12,6 +12,7 @@ observes, and what it gives up is gone before the next layer starts. Public inte
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -55,6 +56,7 @@ class PolicyCache(Cache):
         self._inv_freq: Tensor | None = None
         self._scale: float | None = None
         self._queries: list[list[Tensor]] | None = None
+        self._model: weakref.ref | None = None  # whose keys these are
         self.last_logits: Tensor | None = None  # (B, V), for a policy that hears: of the newest token
         self.peak_bytes = 0  # most that the layers held at once, both forms of the one that was being stored included
 
@@ -63,6 +65,11 @@ class PolicyCache(Cache):
         """Fixed for the cache's life: the state belongs to it."""
         return self._policy
 
+    @policy.setter
+    def policy(self, other: Policy) -> None:
+        fix = f"{self._policy.name!r} to the end; see compress(), or start a new cache"
+        check.fail("PolicyCache", "a change of policy", fix, error=AttributeError)
+
     @property
     def held(self) -> list[int]:
         """Tokens held by each layer, in every kv head."""
@@ -70,6 +77,8 @@ class PolicyCache(Cache):
 
     def positions(self, layer: int) -> Tensor:
         """Where the held tokens of a layer stood in the text, (B, Hkv, held) int32; negative for left padding."""
+        if self.state[layer] is None:
+            check.fail("PolicyCache", f"layer {layer} without tokens", "a forward first")
         return self.state[layer].stream.pos
 
     def nbytes(self) -> dict[str, int]:
@@ -90,6 +99,8 @@ class PolicyCache(Cache):
             refuse("a forward outside of the cache's context", "call the model inside `with cache.on(model):`")
         if layer_idx == 0 and len({layer.seen for layer in self.layers}) > 1:
             refuse("layers out of step (a forward was cut short)", "reset() the cache, or go on from an earlier fork()")
+        if layer_idx == 0 and self.layers[0].seen + key_states.shape[-2] >= self.hold_until:
+            self._policy.fits(self.state, key_states.shape[-2])
         return super().update(key_states, value_states, layer_idx)
 
     def record(self, on: bool = True) -> list[list[Tensor]]:
@@ -121,26 +132,26 @@ class PolicyCache(Cache):
         """Repeat every row, to ask several questions of one context at once."""
         for layer in self.layers:
             layer.repeat(repeats)
-        self.state = tuple(entry.repeated(repeats) for entry in self.state)
+        self.state = tuple(entry and entry.repeated(repeats) for entry in self.state)
         self.last_logits = None if self.last_logits is None else self.last_logits.repeat_interleave(repeats, 0)
 
     def reset(self) -> None:
         """An empty cache under the same policy."""
         super().reset()
-        self.state, self.last_logits = self._policy.init(layers=len(self.layers)), None
+        self.state, self.last_logits, self._model = self._policy.init(layers=len(self.layers)), None, None
 
     @contextmanager
     def on(self, model: Any) -> Iterator[PolicyCache]:
         """Run the model's attention through this cache; its own implementation is restored afterwards.
 
         Raises:
-            ValueError: another model's shape, or a rolling policy on a model without plain rotary positions.
+            ValueError: another model or another shape, or a rolling policy on a model without plain rotary positions.
         """
         if (shape := _shape(model.config.get_text_config())) != self._shape:
-            check.fail(
-                "PolicyCache", f"a model of (layers, kv heads, dim) {shape}", f"{self._shape}", "make it its own cache"
-            )
-        self._inv_freq = _frequencies(model, self._policy)
+            check.fail("PolicyCache", f"a model of (layers, kv heads, dim) {shape}", f"{self._shape}", "a new cache")
+        if self._model is not None and self._model() is not model and self.get_seq_length():
+            check.fail("PolicyCache", "another model", "the one whose keys are held", "reset(), or a new cache")
+        self._inv_freq, self._model = _frequencies(model, self._policy), weakref.ref(model)
         AttentionInterface.register(NAME, _attention)
         AttentionMaskInterface.register(NAME, _padding)
         before = model.config._attn_implementation
@@ -156,19 +167,22 @@ class PolicyCache(Cache):
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, pad: Tensor | None) -> Tensor:
         """One layer's attention over what it holds, (B, H, n, D); then the policy observes, and evicts if it is time."""
         before, rows, mask = self.state[index], q.shape[2], None
-        bias = None if before is None else log_counts(before.stream, rows, q.shape[1])
+        bias, layer = None if before is None else log_counts(before.stream, rows, q.shape[1]), self.layers[index]
+        if layer.apart and (pad is not None or bias is not None or self._policy.rolling or self._policy.reads(before)):
+            k, v = layer.whole()
         if pad is not None or self._policy.rolling:
             pos = positions(before.stream if before else stream(*k.shape[:2], device=k.device), rows, pad)
             mask = None if pad is None else (pos >= 0).repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None]
             if self._policy.rolling:
                 offset = (pos >= 0).cumsum(-1) - 1 - pos  # to the token's rank among those held
                 q, k = shift(q, offset[:, :1, -rows:], self._inv_freq), shift(k, offset, self._inv_freq)
-        out, lse = self.layers[index].attend(q, k, v, mask=mask, bias=bias, scale=scale)
+        out, lse, mass = layer.attend(q, k, v, mask=mask, bias=bias, scale=scale, tally=self._policy.tallies)
+        k = layer.blank()[0] if layer.apart else k
         if self._queries is not None:
             self._queries[index].append(q)
         self._scale = scale
-        self.observe(index, q, k, lse=lse, pad=pad, scale=scale)
-        if self.layers[index].seen >= self.hold_until and not self._policy.hears:
+        self.observe(index, q, k, lse=lse, mass=mass, pad=pad, scale=scale)
+        if layer.seen >= self.hold_until and not self._policy.hears:
             self.evict(index)
         return out
 
@@ -180,8 +194,9 @@ class PolicyCache(Cache):
 
     def observe(self, index: int, q: Tensor, k: Tensor, **seen: Any) -> None:
         """Show the policy the rows q (B, H, n, D) of a layer, whose keys are the last n of k."""
-        self.layers[index].observe(q, seen.get("pad"))
-        v, start = self.layers[index].values, k.shape[2] - q.shape[2]
+        layer, start = self.layers[index], k.shape[2] - q.shape[2]
+        layer.observe(q, seen.get("pad"))
+        v = layer.blank()[1] if layer.apart else layer.values
         self.state = self._policy.observe(self.state, index, q, k, v, start, **seen)
 
     def evict(self, index: int) -> None:
@@ -229,4 +244,6 @@ def _padding(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) ->
     pad = (~attention_mask.bool()).sum(-1)
     if not torch.equal(attention_mask.bool(), torch.arange(attention_mask.shape[1], device=pad.device) >= pad[:, None]):
         refuse("an attention_mask with holes or padding on the right", "pad on the left (tokenizer.padding_side = 'left')")
+    if (cache := _active.get()) is not None:
+        cache.policy.fits((), 0, padded=True)
     return pad

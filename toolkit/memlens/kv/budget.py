@@ -9,13 +9,19 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from memlens import check
 
-__all__ = ["allocate", "bytes_of", "density_softmax", "prefix_search", "ratio_of", "tokens", "uniform"]
+if TYPE_CHECKING:
+    from memlens.kv.adapter import PolicyCache
+
+__all__ = [
+    "Achieved", "achieved", "allocate", "bytes_of", "density_softmax", "prefix_search", "ratio_of", "tokens", "uniform",
+]  # fmt: skip
 
 POSITION, SCORE = 4, 4  # bytes that a kept token costs beside its key and value, per kv head: int32 and float32
 
@@ -52,6 +58,28 @@ def tokens(*, length: int, ratio: float | None = None, nbytes: int | None = None
     one = bytes_of(1, **layout)
     check.at_least("tokens", one, f"a token costs {one} bytes over all layers and heads", nbytes=nbytes)
     return min(length, nbytes // one)
+
+
+class Achieved(NamedTuple):
+    """What a cache really keeps, in the three views of a budget."""
+
+    tokens: tuple[int, ...]  # in every kv head of each layer
+    ratio: float  # of the tokens seen, mean over layers
+    nbytes: int  # of keys, values, positions and scores, over all layers, heads and rows; as held, not as computed
+
+
+def achieved(cache: PolicyCache) -> Achieved:
+    """The budget that a cache has come to: what was asked for, if its policy keeps its word.
+
+    What a score remembers besides, such as SnapKV's queries, is `cache.nbytes()["memory"]` and not counted here.
+
+    Raises:
+        ValueError: a cache that has seen no token.
+    """
+    check.at_least("achieved", 1, "run a prompt through the cache first", tokens_seen=cache.get_seq_length())
+    held = tuple(cache.held)
+    parts = {part: size for part, size in cache.nbytes().items() if part != "memory"}
+    return Achieved(held, sum(held) / len(held) / cache.get_seq_length(), sum(parts.values()))
 
 
 def allocate(weights: Tensor | Sequence[float], total: int, *, low: int = 1, high: int | None = None) -> list[int]:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from memlens.kv.score import TILE, column_mass, group_heads, gumbel_mass
+from memlens import check
+from memlens.kv.score import column_mass, group_heads, gumbel_mass
 from memlens.kv.select import extend
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["gumbel", "hear", "least_below", "noisy", "unexpected"]
 
+NOISE = 1 << 18  # numbers drawn at a time; another size is another draw
 SLOTS = 16  # the ring of counts is exact to a sixteenth of its window, and holds 16 numbers for each token
 
 
@@ -32,6 +34,9 @@ def least_below(state: LayerState, block: Block, *, window: int) -> LayerState:
     The rows since it came count; of two tokens with one count the older is worth less. The counts are held in slots of
     ceil(window / 16) rows, (B, Hkv, slots, L), so that the oldest rows leave a slot at a time.
     """
+    if bool((block.q.sum() + block.k.sum()).isnan()):  # a comparison would take it for a token that is never idle
+        fix = "look at what produced them (a masked row, an overflow)"
+        check.fail("scissorhands", "NaN among the scores", "numbers", fix)
     size = math.ceil(window / SLOTS)
     slots, before = math.ceil(window / size), state.stream
     first, stop = before.step, before.step + block.q.shape[2]  # of the rows, counted from the first token of the text
@@ -81,7 +86,7 @@ def noisy(
     since = torch.arange(step + 1, step + rows + 1) - prompt
     tau = (tau_init + tau_delta * since.clamp(min=0)).to(block.q.device)
     total = torch.zeros(batch, heads, length, device=block.q.device)
-    many = max(1, TILE // (batch * heads * length))
+    many = max(1, NOISE // (batch * heads * length)) if noise else rows
     for low in range(0, rows, many):
         high = min(rows, low + many)
         seen = block.q_start + high

@@ -62,6 +62,7 @@ class Kivi(NamedTuple):
     keys: Rule
     values: Rule
     name: str = "kivi"
+    in_place: bool = True
     balances: bool = False
 
     def at(self, layer: int) -> Kivi:

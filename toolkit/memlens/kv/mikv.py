@@ -87,6 +87,7 @@ class Mixed(NamedTuple):
     recent_share: float
     balances: bool
     name: str = "mikv"
+    in_place: bool = True
 
     def at(self, layer: int) -> Mixed:
         return self

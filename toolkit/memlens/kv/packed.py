@@ -13,7 +13,7 @@ from memlens.quant.core import container
 
 __all__ = ["packed_attend"]
 
-BLOCK = 1024  # tokens that the torch form dequantises at a time
+BLOCK = 512  # tokens that the torch form dequantises at a time
 
 
 def packed_attend(

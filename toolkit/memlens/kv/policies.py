@@ -24,7 +24,7 @@ from memlens.kv.elastic import elastic
 from memlens.kv.locret import locret
 from memlens.kv.policy import Block, LayerState, Policy, no_score, nothing
 from memlens.kv.prefixkv import prefixkv
-from memlens.kv.score import column_mass, smooth
+from memlens.kv.score import column_mass, group_heads, smooth
 from memlens.kv.select import extend
 
 __all__ = [
@@ -46,8 +46,11 @@ def accumulated(state: LayerState, block: Block, *, group: str) -> LayerState:
     """A token is worth all the attention that it got while it was held, summed over rows."""
     before, kv_heads = state.stream, block.k.shape[1]
     per_head = group == "max"  # a maximum of sums needs each query head's own sum
-    seen = {"q_start": block.q_start, "alive": block.alive, "scale": block.scale}
-    mass = column_mass(block.q, block.k, lse=block.lse, group="none" if per_head else group, **seen)
+    if block.mass is not None:
+        mass = group_heads(block.mass, kv_heads, "none" if per_head else group)
+    else:
+        seen = {"q_start": block.q_start, "alive": block.alive, "scale": block.scale}
+        mass = column_mass(block.q, block.k, lse=block.lse, group="none" if per_head else group, **seen)
     if not per_head:
         return state._replace(stream=extend(before, mass, pad=block.pad))
     sums = mass.unflatten(1, (kv_heads, -1))  # (B, Hkv, g, L)
@@ -70,7 +73,10 @@ def observed(state: LayerState, block: Block, *, window: int, kernel: int, pool:
 
 def last_row(state: LayerState, block: Block) -> LayerState:
     """A token is worth what the newest row gives it, averaged over all heads."""
-    mass = column_mass(block.q, block.k, reduce="last", alive=block.alive, scale=block.scale)
+    if block.mass is not None:
+        mass = group_heads(block.mass, block.k.shape[1], "mean")
+    else:
+        mass = column_mass(block.q, block.k, reduce="last", alive=block.alive, scale=block.scale)
     after = extend(state.stream, nothing(block), pad=block.pad)
     return state._replace(stream=after._replace(score=mass.mean(1, keepdim=True).expand_as(mass).contiguous()))
 
@@ -88,7 +94,7 @@ def drawn(state: LayerState, block: Block, *, generator: torch.Generator) -> Lay
 
 def full() -> Policy:
     """Keep everything."""
-    return Policy("full", no_score)
+    return Policy("full", no_score, looks=False)
 
 
 def streaming(budget: int, *, sinks: int = 4) -> Policy:
@@ -98,17 +104,17 @@ def streaming(budget: int, *, sinks: int = 4) -> Policy:
         ValueError: budget <= sinks.
     """
     check.at_least("streaming", sinks + 1, f"the {sinks} sinks count inside it", budget=budget)
-    return Policy("streaming", recency, budget, first=sinks, last=budget - sinks)
+    return Policy("streaming", recency, budget, first=sinks, last=budget - sinks, looks=False)
 
 
 def random_keep(budget: int, *, generator: torch.Generator, sinks: int = 4, recent: int = 0) -> Policy:
     """The sinks, the recent tokens and a random choice of the others: what any score must beat."""
-    return Policy("random", partial(drawn, generator=generator), budget, first=sinks, last=recent)
+    return Policy("random", partial(drawn, generator=generator), budget, first=sinks, last=recent, looks=False)
 
 
 def tova(budget: int) -> Policy:
     """The tokens that the newest row attends to most, one choice for all heads of a layer. Source: arXiv:2401.06104."""
-    return Policy("tova", last_row, budget)
+    return Policy("tova", last_row, budget, tallies=True)
 
 
 def h2o(heavy: int, recent: int, *, group: str = "mean", rolling: bool = False) -> Policy:
@@ -126,7 +132,7 @@ def h2o(heavy: int, recent: int, *, group: str = "mean", rolling: bool = False) 
     """
     check.at_least("h2o", 0, heavy=heavy, recent=recent)
     check.at_least("h2o", 1, "keep at least one token", budget=heavy + recent)
-    return Policy("h2o", partial(accumulated, group=group), heavy + recent, last=recent, rolling=rolling)
+    return Policy("h2o", partial(accumulated, group=group), heavy + recent, last=recent, rolling=rolling, tallies=True)
 
 
 def snapkv(capacity: int, *, window: int = 32, kernel: int = 7, pool: str = "max", group: str = "mean") -> Policy:
@@ -216,4 +222,4 @@ def sirllm(*, start: int = 4, entropy: int = 1020, recent: int = 0, decay: float
     check.at_least("sirllm", 1, "keep at least one token", budget=start + entropy + recent)
     check.within("sirllm", 1e-9, 1.0, decay=decay)
     score, budget = partial(eviction.unexpected, decay=decay), start + entropy + recent
-    return Policy("sirllm", score, budget, first=start, last=recent, rolling=rolling, hears=True)
+    return Policy("sirllm", score, budget, first=start, last=recent, rolling=rolling, hears=True, looks=False)

@@ -35,6 +35,7 @@ class Block(NamedTuple):
     pad: Tensor | None  # (B,) tokens of left padding in each row
     scale: float | None
     layer: int
+    mass: Tensor | None = None  # (B, H, L), the probabilities of a single row, where attention has made them already
 
 
 class LayerState(NamedTuple):
@@ -71,6 +72,8 @@ class Policy(NamedTuple):
         None  # of the tokens seen, rounded up: what a layer holds in place of a budget
     )
     until: int | None = None  # tokens seen when it evicts for the last time, then without `last`; None: it goes on
+    looks: bool = True  # its score reads queries, keys or values; False: positions, draws and what it hears are enough
+    tallies: bool = False  # its score is made of rows' probabilities: a single row's are taken from attention itself
     distance: int | None = None  # after the prompt the token at index (held then) + distance goes, whatever its score
 
     def init(self, cfg: Any = None, layers: int | None = None) -> tuple[LayerState | None, ...]:
@@ -86,17 +89,46 @@ class Policy(NamedTuple):
                 check.fail(self.name, f"{len(many)} budgets for {layers} layers", "one for each layer, or one number")
         for budget in self.budget if isinstance(self.budget, tuple) else (self.budget,):
             if budget is not None:
-                fix = f"first={self.first}, last={self.last} and slack={self.slack} count inside the budget"
-                low = max(1, self.first + self.recent(budget)) + self.slack
-                check.at_least(self.name, low, fix, budget=budget)
+                self._protects(budget)
                 if self.distance is not None:
                     check.within(self.name, self.first, budget, point=budget + self.distance)
         return (None,) * layers
+
+    def _protects(self, budget: int) -> None:
+        """Refuse a budget that cannot hold what is always kept."""
+        fix = f"first={self.first}, last={self.last} and slack={self.slack} count inside the budget"
+        low = max(1, self.first + self.recent(budget)) + self.slack
+        check.at_least(self.name, low, fix, budget=budget)
+
+    def fits(self, state: tuple, new: int, *, padded: bool = False) -> None:
+        """Refuse, before a forward of `new` tokens, a plan that could not be carried out after it.
+
+        A share of the tokens is a number only now; it may be too small for what is protected.
+
+        Raises:
+            ValueError: such a share, or one of a padded batch.
+        """
+        if self.share is not None and padded:
+            fix = "a share of each is another number; run one by one"
+            check.fail(self.name, "a padded batch", "rows of one length", fix)
+        for layer, now in enumerate(state if self.share is not None else ()):
+            held, step = (0, 0) if now is None else (now.stream.pos.shape[-1], now.stream.step)
+            budget = self.tokens(layer, step + new)
+            if budget >= held + new:
+                continue
+            if now is None or not now.done:
+                self._protects(budget)
+            elif self.distance is not None:
+                check.within(self.name, self.first, budget, p=now.memory + self.distance)
 
     @property
     def scores(self) -> bool:
         """Whether its score tells tokens apart."""
         return self.score is not no_score
+
+    def reads(self, state: LayerState | None) -> bool:
+        """Whether observing a block now reads its keys; a policy that is done does not."""
+        return self.looks and not (state is not None and state.done)
 
     def stored(self, store: Storage) -> Policy:
         """The same choice, held in a format of `memlens.kv.storage`: `snapkv(128).stored(kivi(bits=4))`.
@@ -126,16 +158,19 @@ class Policy(NamedTuple):
 
     def observe(
         self, state: tuple, layer: int, q: Tensor, k: Tensor, v: Tensor, q_start: int, lse: Tensor | None = None, *,
-        pad: Tensor | None = None, scale: float | None = None,
+        mass: Tensor | None = None, pad: Tensor | None = None, scale: float | None = None,
     ) -> tuple:  # fmt: skip
-        """The state after one more block of queries; k and v are all the keys held, the block's own at the end."""
+        """The state after one more block of queries; k and v are all the keys held, the block's own at the end.
+
+        lse (B, H, n) and mass (B, H, L) are attention's own, where it gave them.
+        """
         check.at_least(self.name, 0, "hand over the held keys with the new ones appended", q_start=k.shape[2] - q.shape[2])
         before = state[layer] or LayerState(stream(k.shape[0], k.shape[1], device=k.device))
         before, count = split_counts(before)
         if count is not None:
             q, k, scale = counted(q, k, count, scale)
         alive = None if pad is None else positions(before.stream, q.shape[2], pad) >= 0
-        block = Block(q, k, v, q_start, lse, alive, pad, scale, layer)
+        block = Block(q, k, v, q_start, lse, alive, pad, scale, layer, mass)
         if before.done:
             after = before._replace(stream=extend(before.stream, nothing(block), pad=pad))
         else:
@@ -145,10 +180,8 @@ class Policy(NamedTuple):
     def plan(self, state: tuple, layer: int, length: int) -> Tensor | None:
         """Which of the `length` tokens stay, (B, Hkv, b) ascending; None where all do."""
         now, alive = state[layer], _real(state[layer].stream.pos)
-        if self.share is not None and alive is not None:
-            check.fail(
-                self.name, "a padded batch", "rows of one length", "a share of each is another number; run one by one"
-            )
+        if alive is not None:
+            self.fits((), 0, padded=True)
         budget = self.tokens(layer, now.stream.step)
         if budget is None or budget >= length or (now.done and self.distance is None):
             return None

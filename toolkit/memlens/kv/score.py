@@ -25,7 +25,8 @@ __all__ = [
 
 REDUCES = ("sum", "mean", "max", "last", "count_above", "count_below")
 GROUPS = ("mean", "max", "sum", "none")
-TILE = 1 << 18  # probabilities held at a time by the torch form; a row is never split
+LOG2E = 1.4426950408889634
+TILE = 1 << 19  # probabilities held at a time by the torch form; a row is never split
 
 
 class Mass(NamedTuple):
@@ -193,54 +194,72 @@ def _statistic(p: Tensor, seen: Tensor, limit: Tensor | None, reduce: str) -> Te
 
 
 def _torch(call: Mass) -> Tensor:
-    """Blocks of query rows against all the keys that they see; each block's probabilities live only while it is summed."""
-    (batch, heads, rows), (kv_heads, length) = call.q.shape[:3], call.k.shape[1:3]
-    group = heads // kv_heads
-    q = (call.q.float() * call.scale).unflatten(1, (kv_heads, group))
-    k = call.k.float().transpose(-1, -2)
-    total = torch.zeros(batch, kv_heads, group, length, device=q.device)
-    step = max(1, TILE // (batch * heads * length))
-    for first in range(0, rows, step):
-        stop = min(rows, first + step)
-        seen = call.q_start + stop  # keys that the block's last row sees
-        scores = (q[:, :, :, first:stop].flatten(2, 3) @ k[..., :seen]).unflatten(2, (group, stop - first))
-        p = _probabilities(scores, call, first, stop)
-        column = total[..., :seen]
-        if call.reduce == "max":
-            torch.maximum(column, p.amax(-2), out=column)
-        elif call.reduce == "sum":
-            column += p.sum(-2)
-        else:
-            column += _count(p, call, first, stop)
-    return total.flatten(1, 2)
+    """Blocks of query rows against all the keys that they see, in powers of two: exp2 costs a quarter of exp."""
+    (batch, heads, rows), length = call.q.shape[:3], call.k.shape[2]
+    q = _by_kv_head(call.q.float() * (call.scale * LOG2E), call)
+    k = call.k.float().flatten(0, 1).transpose(-1, -2)
+    total = torch.zeros(*q.shape[:2], length, device=q.device)
+    # head by head where that fills a block: one product for all of them is not shared evenly between threads
+    together = len(q) if batch * heads * rows * length <= TILE else 1
+    step = min(rows, max(1, TILE // (together * q.shape[1] * length)))
+    room = torch.empty(together * q.shape[1] * step * length, device=q.device)
+    for at in (slice(head, head + together) for head in range(0, len(q), together)):
+        for span in (slice(first, min(rows, first + step)) for first in range(0, rows, step)):
+            seen = call.q_start + span.stop  # keys that the block's last row sees
+            block = q[at, :, span]
+            scores = room[: block[..., 0].numel() * seen].view(*block.shape[:3], seen)
+            torch.bmm(block.flatten(1, 2), k[at, :, :seen], out=scores.flatten(1, 2))
+            _add(total[at, :, :seen], scores, call, at, span)
+    return total.view(batch, heads, length)
 
 
-def _probabilities(scores: Tensor, call: Mass, first: int, stop: int) -> Tensor:
-    """Softmax over the keys of a block (B, Hkv, g, rows, keys); only its last `rows` keys need the causal mask."""
-    rows = stop - first
+def _add(column: Tensor, scores: Tensor, call: Mass, at: slice, span: slice) -> None:
+    """What a block of scores (heads, g, rows, keys), which it overwrites, adds to the columns (heads, g, keys)."""
+    p, weight = _powers(scores, call, at, span)
+    if call.reduce == "sum":
+        column += p.sum(-2) if weight is None else (weight[..., None, :] @ p)[..., 0, :]
+        return
+    p = p if weight is None else p.mul_(weight[..., None])
+    if call.reduce == "max":
+        torch.maximum(column, p.amax(-2), out=column)
+    else:
+        column += _count(p, call, at, span)
+
+
+def _powers(scores: Tensor, call: Mass, at: slice, span: slice) -> tuple[Tensor, Tensor | None]:
+    """2^scores, 0 where hidden, and what to multiply each row by for probabilities: None with lse, which is in them then."""
+    rows = scores.shape[2]
     if call.noise is not None:
-        scores += call.noise.unflatten(1, scores.shape[1:3])[..., first:stop, : scores.shape[-1]]
+        scores += _by_kv_head(call.noise, call)[at, :, span, : scores.shape[-1]] * LOG2E
     if call.tau is not None:
-        scores /= call.tau[first:stop, None]
-    hidden = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu(1)
+        scores /= call.tau[span, None]
+    hidden = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu(1)  # of the last keys only
     scores[..., -rows:].masked_fill_(hidden, -torch.inf)
     if call.alive is not None:
-        scores.masked_fill_(~call.alive[:, :, None, None, : scores.shape[-1]], -torch.inf)
+        scores.masked_fill_(~call.alive.flatten(0, 1)[at, None, None, : scores.shape[-1]], -torch.inf)
+    top = scores.amax(-1) if call.lse is None else _by_kv_head(call.lse, call)[at, :, span] * LOG2E
+    if call.lse is not None or call.alive is not None:
+        top.masked_fill_(top == -torch.inf, 0.0)  # a row of padding sees nothing
+    p = scores.sub_(top[..., None]).exp2_()
     if call.lse is not None:
-        lse = call.lse[:, :, first:stop].unflatten(1, scores.shape[1:3])
-        return scores.sub_(lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp_()
-    p = scores.softmax(-1)
-    return p if call.alive is None else p.nan_to_num_(0.0)  # a row of padding sees nothing
+        return p, None
+    weight = p.sum(-1).reciprocal_()
+    return p, weight if call.alive is None else weight.masked_fill_(weight == torch.inf, 0.0)
 
 
-def _count(p: Tensor, call: Mass, first: int, stop: int) -> Tensor:
-    limit = call.limit[:, :, None, first:stop, None]
+def _by_kv_head(x: Tensor, call: Mass) -> Tensor:
+    """(B, H, ...) as (B · Hkv, g, ...)."""
+    return x.unflatten(1, (call.k.shape[1], -1)).flatten(0, 1)
+
+
+def _count(p: Tensor, call: Mass, at: slice, span: slice) -> Tensor:
+    limit = call.limit.flatten(0, 1)[at, None, span, None]
     if call.reduce == "count_above":
         return (p > limit).sum(-2)
     below = p < limit
     below[..., -p.shape[-2] :].tril_()
     if call.alive is not None:
-        below &= call.alive[:, :, None, None, : p.shape[-1]]
+        below &= call.alive.flatten(0, 1)[at, None, None, : p.shape[-1]]
     return below.sum(-2)
 
 

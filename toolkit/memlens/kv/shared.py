@@ -46,8 +46,11 @@ class SharedLayer(HeldLayer):
             refuse(f"{len(key_states)} rows for {self.rows} branches", "pass one row of tokens for each branch")
         return super().update(key_states, value_states, *args, **kwargs)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, bias: Tensor | None, scale: float | None):
-        """(out, lse) of q (B, H, n, D) over the prefix and over the row's own tokens."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, bias: Tensor | None, scale: float | None,
+        tally: bool = False,
+    ):  # fmt: skip
+        """(out, lse, None) of q (B, H, n, D) over the prefix and over the row's own tokens."""
         if mask is not None or bias is not None:
             refuse("padding, or a bias on the scores, behind a shared prefix", "give every branch as many tokens")
         rows, heads, count, dim = q.shape
@@ -55,7 +58,7 @@ class SharedLayer(HeldLayer):
         before = attend(together, *self.prefix, causal=False, scale=scale, return_lse=True)
         out = before.out.view(heads, rows, count, -1).transpose(0, 1)
         lse = before.lse.view(heads, rows, count).transpose(0, 1)
-        return merge(out, lse, *attend(q, k, v, scale=scale, return_lse=True))
+        return *merge(out, lse, *attend(q, k, v, scale=scale, return_lse=True)), None
 
     def repeat(self, times: int) -> None:
         super().repeat(times)

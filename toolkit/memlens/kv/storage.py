@@ -15,6 +15,8 @@ part of what they hold.
 
 A format may also have `rows` (how many of the prompt's newest queries its first `commit` wants, as `query_rows` beside
 `pad`), `waits` (it takes a prompt that comes in parts as a whole) and `retrieve` (its own attention, from the second forward on).
+It may be `in_place`: its `attend` copies little of what it holds, and a model decodes through it under every policy whose score
+reads no keys.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ from transformers import CacheLayerMixin
 
 from memlens import check
 from memlens.attention.exact import attend
+from memlens.attention.merge import merge
+from memlens.kv.observe import decode_observe
 from memlens.kv.select import gather_kv
 from memlens.kv.storage import Storage, changed, query_peak
 
@@ -24,7 +26,8 @@ def refuse(came: str, fix: str) -> NoReturn:
 class HeldLayer(CacheLayerMixin):
     """The keys and values that one layer holds, (B, Hkv, held, D), and how many tokens it has seen.
 
-    With a storage format they are plain only while the layer runs: from `update` to `settle`.
+    With a storage format they are plain only while the layer runs: from `update` to `settle`. Where the format attends in
+    place only the new ones are (`apart`), unless `whole` asks for all.
     """
 
     def __init__(self, store: Storage | None = None):
@@ -35,13 +38,15 @@ class HeldLayer(CacheLayerMixin):
         self.query_rows: Tensor | None = None  # the prompt's newest queries, likewise
         self.pad: Tensor | None = None  # (B,) tokens of left padding in it
         self.most = 0  # tokens held at once so far
+        self.apart = False  # keys and values are the new tokens alone, behind those in `stored`
         self.settled = 0  # bytes held when the last tokens had been settled
 
     @property
     def held(self) -> int:
-        if self.keys is not None:
-            return self.keys.shape[-2]
-        return 0 if self.stored is None else self.store.count(self.stored)
+        plain = 0 if self.keys is None else self.keys.shape[-2]
+        if self.stored is None or (self.keys is not None and not self.apart):
+            return plain
+        return plain + self.store.count(self.stored)
 
     @property
     def nbytes(self) -> int:
@@ -61,20 +66,47 @@ class HeldLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.keys is None and self.stored is not None:
-            self.keys, self.values = self.store.read(self.stored, self.dtype)
+            self.apart = getattr(self.store, "in_place", False)
+            if not self.apart:
+                self.keys, self.values = self.store.read(self.stored, self.dtype)
         self.keys, self.values = _append(self.keys, key_states), _append(self.values, value_states)
-        self.seen, self.most = self.seen + key_states.shape[-2], max(self.most, self.keys.shape[-2])
+        self.seen, self.most = self.seen + key_states.shape[-2], max(self.most, self.held)
         return self.keys, self.values
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, bias: Tensor | None, scale: float | None):
-        """(out, lse) over all that is held, or over what the format retrieves of it once it has a prompt; lse is None then."""
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of every token held, read from the format where they were not yet."""
+        if self.apart:
+            old = self.store.read(self.stored, self.dtype)
+            self.keys, self.values = (torch.cat(pair, -2) for pair in zip(old, (self.keys, self.values), strict=True))
+            self.apart = False
+        return self.keys, self.values
+
+    def blank(self) -> tuple[Tensor, Tensor]:
+        """Stand-ins of the shape of all keys and values, without memory; NaN, so that a score which reads them is refused."""
+        return tuple(
+            x.new_full((1,), torch.nan).expand(*x.shape[:2], self.held, x.shape[-1]) for x in (self.keys, self.values)
+        )
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, bias: Tensor | None, scale: float | None,
+        tally: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """(out, lse, mass) over all that is held, or over what the format retrieves of it once it has a prompt; lse is None then.
+
+        mass (B, H, L) is what each key got from a single row, where `tally` asks for it and it costs no second product.
+        """
+        if self.apart:
+            new = attend(q, k, v, scale=scale, return_lse=True)
+            return *merge(*self.store.attend(q, self.stored, scale=scale), *new), None
         retrieve = getattr(self.store, "retrieve", None)
         if retrieve is None or self.stored is None:
-            return attend(q, k, v, mask=mask, bias=bias, scale=scale, return_lse=True)
+            if tally and q.shape[2] == 1 and mask is None and bias is None:
+                return decode_observe(q, k, v, group="none", scale=scale)
+            return *attend(q, k, v, mask=mask, bias=bias, scale=scale, return_lse=True), None
         if mask is not None or bias is not None:
             fix = "run prompts of one length or one by one, and choose a policy without a bias"
             refuse(f"padding, or a bias on the scores, with {self.store.name!r}, which retrieves", fix)
-        return retrieve(self.stored, q, k, v, scale=scale), None
+        return retrieve(self.stored, q, k, v, scale=scale), None, None
 
     def observe(self, q: Tensor, pad: Tensor | None = None) -> None:
         """Take note of the queries, for a format that asks for them."""
@@ -101,11 +133,12 @@ class HeldLayer(CacheLayerMixin):
         if self.store is None and merged is None:
             self.keys, self.values = gather_kv(self.keys, self.values, idx)
         elif self.store is not None:
-            count = 0 if self.stored is None else self.store.count(self.stored)
+            count = 0 if self.stored is None or self.apart else self.store.count(self.stored)
             new = (x[..., count:, :] for x in (self.keys, self.values))
             asked = {} if self.query_rows is None else {"query_rows": self.query_rows, "pad": self.pad}
             self.stored = self.store.commit(self.stored, *new, idx, score=score, query_peak=self.query_peak, **asked)
             self.keys = self.values = self.query_peak = self.query_rows = self.pad = None
+            self.apart = False
         self.settled = self.nbytes
         return before + self.settled
 
@@ -126,7 +159,7 @@ class HeldLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.keys = self.values = self.stored = self.query_peak = self.query_rows = self.pad = None
-        self.is_initialized, self.seen, self.most = False, 0, 0
+        self.is_initialized, self.apart, self.seen, self.most = False, False, 0, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         refuse(f"crop({tokens_to_remove})", "fork() the cache before the tokens to drop")
