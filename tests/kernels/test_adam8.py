@@ -7,16 +7,9 @@ from memlens.optim import CodedMoments, Packed, adam_direction, coded_direction,
 from memlens.optim.lowbit import _tables
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("interpreted")
 SIZES = pytest.mark.parametrize("numel", [1, 63, 256, 257, 1000])
 CODECS = (dyn8(True), dyn8(False))
-
-
-@pytest.fixture(autouse=True)
-def _interpreter(monkeypatch):
-    from memlens import backend
-
-    if not backend.interpreting():
-        pytest.skip("needs TRITON_INTERPRET=1 before Python starts")
 
 
 def spread(numel, generator):

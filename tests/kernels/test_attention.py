@@ -5,11 +5,11 @@ from functools import partial
 import pytest
 import torch
 
-from memlens import backend
 from memlens.attention.exact import attend
 from memlens.attention.sparse import block_attend, spread
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("interpreted")
 SHAPES = {  # batch, heads, kv heads, q_len, k_len, dim, value_dim
     "one": (2, 2, 2, 1, 1, 40, 40),
     "odd": (1, 4, 2, 63, 63, 64, 64),
@@ -24,24 +24,6 @@ CALLS = {
     "far": {"q_offset": 1000},
     "scaled": {"scale": 0.3},
 }
-
-
-@pytest.fixture(autouse=True)
-def _interpreter():
-    if not backend.interpreting():
-        pytest.skip("needs TRITON_INTERPRET=1 before Python starts")
-
-
-@pytest.fixture(autouse=True)
-def _nan_buffers(monkeypatch):
-    """What a kernel forgets to write shows as NaN."""
-    empty = torch.Tensor.new_empty
-
-    def poisoned(self, *args, **kwargs):
-        made = empty(self, *args, **kwargs)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
 
 def inputs(shape, generator, dtype=torch.float32):

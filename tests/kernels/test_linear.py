@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from memlens import backend
 from memlens.memory.based import taylor_attention
 from memlens.memory.linear import LinearState, linear_attention
 
@@ -14,23 +13,7 @@ pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[1] / "memory"))
 from memory_cases import VARIANTS, call, inputs, results
 
-
-@pytest.fixture(autouse=True)
-def _interpreter():
-    if not backend.interpreting():
-        pytest.skip("needs TRITON_INTERPRET=1 before Python starts")
-
-
-@pytest.fixture(autouse=True)
-def _nan_buffers(monkeypatch):
-    """What a kernel forgets to write shows as NaN."""
-    empty = torch.Tensor.new_empty
-
-    def poisoned(self, *args, **kwargs):
-        made = empty(self, *args, **kwargs)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 @pytest.mark.parametrize("length", [1, 37])

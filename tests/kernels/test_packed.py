@@ -11,15 +11,8 @@ from memlens.kv.quantize import affine_quantize, dequantize
 from memlens.quant.core import container
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("interpreted")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-
-
-@pytest.fixture(autouse=True)
-def _interpreter():
-    from memlens import backend
-
-    if not backend.interpreting():
-        pytest.skip("needs TRITON_INTERPRET=1 before Python starts")
 
 
 def words(p):

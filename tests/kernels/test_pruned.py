@@ -6,15 +6,8 @@ import torch
 from memlens.kv.channels import attend_pruned, think
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("interpreted")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}
-
-
-@pytest.fixture(autouse=True)
-def _interpreter():
-    from memlens import backend
-
-    if not backend.interpreting():
-        pytest.skip("needs TRITON_INTERPRET=1 before Python starts")
 
 
 def tensors(generator, dtype, length, dim, value_dim, heads, kv_heads, rows):
