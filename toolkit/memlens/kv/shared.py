@@ -5,8 +5,8 @@
     logits = continue_with(model, branches, tokens)     # (8, n)
 
 Attention over the prompt and over a branch's own tokens are computed apart and merged by their log-denominators, so the prompt
-is neither copied nor expanded. Source: parallel decoding in efficient reasoning on the edge, arXiv:2603.16867; the split is
-that of shared-prefix attention.
+is neither copied nor expanded. Sources: several answers to one prompt, arXiv:2603.16867; a batch of prompts that begin alike,
+arXiv:2412.03594.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from memlens import check
-from memlens.attention.exact import attend
-from memlens.attention.merge import merge
+from memlens.attention.prefix import prefix_attend
 from memlens.kv.adapter import PolicyCache
 from memlens.kv.select import positions
 from memlens.kv.store import HeldLayer, refuse
@@ -50,15 +49,11 @@ class SharedLayer(HeldLayer):
         self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, bias: Tensor | None, scale: float | None,
         tally: bool = False,
     ):  # fmt: skip
-        """(out, lse, None) of q (B, H, n, D) over the prefix and over the row's own tokens."""
+        """(out, lse, None) of q (B, H, n, D) over the prefix and over the row's own tokens, `prefix_attend`."""
         if mask is not None or bias is not None:
             refuse("padding, or a bias on the scores, behind a shared prefix", "give every branch as many tokens")
-        rows, heads, count, dim = q.shape
-        together = q.transpose(0, 1).reshape(1, heads, rows * count, dim)
-        before = attend(together, *self.prefix, causal=False, scale=scale, return_lse=True)
-        out = before.out.view(heads, rows, count, -1).transpose(0, 1)
-        lse = before.lse.view(heads, rows, count).transpose(0, 1)
-        return *merge(out, lse, *attend(q, k, v, scale=scale, return_lse=True)), None
+        k_pre, v_pre = (x[0] for x in self.prefix)
+        return *prefix_attend(q, k_pre, v_pre, k, v, scale=scale, return_lse=True), None
 
     def repeat(self, times: int) -> None:
         super().repeat(times)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from memlens import check, data
 from memlens.cost.serving.batching import Request
-from memlens.kv.shared_prefix import SharedPrefix
+from memlens.kv.adapter import PolicyCache
+from memlens.kv.cache import continue_with
+from memlens.kv.shared import share_prefix
 
 __all__ = [
     "GROUPS", "MEMBERS", "Served", "brute_force", "common", "greedy", "mix", "prompts", "random_prompts", "serve_alone",
@@ -52,9 +54,11 @@ def serve_alone(model: Any, prefix: Tensor, own: Tensor, *, new: int = NEW) -> S
 def serve_together(model: Any, prefix: Tensor, own: Tensor, *, new: int = NEW) -> Served:
     """The prefix is read once and held once; members read what is theirs, and write behind the shared prefix."""
     start = time.process_time()
-    shared = SharedPrefix(model, prefix)
-    with shared.open():
-        out = model(own, past_key_values=shared.requests(), use_cache=True, logits_to_keep=1)
+    cache = PolicyCache(model.config)
+    continue_with(model, cache, prefix, keep=1)
+    group = share_prefix(cache, len(own))
+    with group.on(model):
+        out = model(own, past_key_values=group, use_cache=True, logits_to_keep=1)
         seconds = time.process_time() - start
         return Served(greedy(model, out, new), prefix.numel() + own.numel(), seconds, out.logits[:, -1])
 
