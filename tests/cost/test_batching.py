@@ -13,13 +13,13 @@ from memlens.cost.serving import (
     LRU,
     Batching,
     Request,
-    kv_bytes,
     parameters,
     prefix_tree,
     saved_tokens,
     shareable,
     simulate_batching,
     single_level,
+    token_bytes,
 )
 from memlens.tasks.prefix_studies import mix
 
@@ -62,7 +62,7 @@ def test_two_requests_by_hand():
     assert data.memory.values.tolist() == [3 + 1 + 2 + 1 + 1, 3 + 1 + 2]
     gpu, count = device("a100"), parameters(LLAMA_7B)
     floor = 2 * count / gpu.bandwidth
-    assert data.time.values == pytest.approx([floor, floor + kv_bytes(LLAMA_7B) * 4 / gpu.bandwidth])
+    assert data.time.values == pytest.approx([floor, floor + token_bytes(LLAMA_7B) * 4 / gpu.bandwidth])
 
 
 def test_readers_of_one_prefix_read_it_once():
@@ -70,7 +70,7 @@ def test_readers_of_one_prefix_read_it_once():
     apart, together = (simulate_batching(requests, Batching(share), memory=10_000) for share in ("lru", "group"))
     saved = (apart.time - together.time).values[1:]
     # three readers fewer for 50 tokens, in each decoding iteration
-    np.testing.assert_allclose(saved, 3 * 50 * kv_bytes(LLAMA_7B) / device("a100").bandwidth, rtol=1e-6)
+    np.testing.assert_allclose(saved, 3 * 50 * token_bytes(LLAMA_7B) / device("a100").bandwidth, rtol=1e-6)
 
 
 def test_a_cache_that_is_too_small_forgets():

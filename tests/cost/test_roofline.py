@@ -10,12 +10,12 @@ from memlens.cost.devices import DEVICES, Device, device, link
 from memlens.cost.memory import Llama
 from memlens.cost.serving import (
     LLAMA3_70B,
-    Plan,
+    Pools,
     cost_per_token,
-    kv_bytes,
     min_bandwidth,
     parameters,
     roofline_times,
+    token_bytes,
     wire_bytes,
 )
 
@@ -27,7 +27,7 @@ TOY_WEIGHTS = 2 * (2 * 64 + 2 * 32 + 3 * 128) + 5 * 8 + 80
 
 def test_a_toy_by_hand():
     assert parameters(TOY) == TOY_WEIGHTS
-    assert kv_bytes(TOY) == 2 * 4 * 2 * 2
+    assert token_bytes(TOY) == 2 * 4 * 2 * 2
     assert wire_bytes(TOY) == (2 + 2 / 2) * 2 * 8
     times = roofline_times(TOY, 3, 5, model=MODEL, attention=ATTENTION)
     assert times.model == pytest.approx(max(2 * TOY_WEIGHTS * 3 / 1e6, 2 * TOY_WEIGHTS / 1e4))
@@ -69,8 +69,8 @@ def test_batching_helps_the_model_and_not_attention():
 
 
 def test_a_token_costs_what_the_iteration_and_the_rent_say():
-    plan, prices = Plan(("h100", 4)), {"h100": 3600.0}
-    batch = int((0.9 * 320e9 - 2 * parameters(LLAMA3_70B)) // (kv_bytes(LLAMA3_70B) * 4096))
+    plan, prices = Pools(("h100", 4)), {"h100": 3600.0}
+    batch = int((0.9 * 320e9 - 2 * parameters(LLAMA3_70B)) // (token_bytes(LLAMA3_70B) * 4096))
     times = roofline_times(LLAMA3_70B, batch, 4096, model=device("h100").times(4))
     cost = cost_per_token(plan, prices, shape=LLAMA3_70B, context=4096)
     assert cost == pytest.approx(sum(times) * 4 / batch)
@@ -79,8 +79,8 @@ def test_a_token_costs_what_the_iteration_and_the_rent_say():
 
 
 def test_two_pools_take_turns():
-    plan = Plan(("h100", 2), ("h20", 4))
-    batch = int(0.9 * 384e9 // (kv_bytes(LLAMA3_70B) * 8192)) // 2
+    plan = Pools(("h100", 2), ("h20", 4))
+    batch = int(0.9 * 384e9 // (token_bytes(LLAMA3_70B) * 8192)) // 2
     times = roofline_times(LLAMA3_70B, batch, 8192, model=device("h100").times(2), attention=device("h20").times(4))
     rent = (2 * device("h100").price + 4 * device("h20").price) / 3600
     wanted = 2 * max(times) * rent / (2 * batch)
@@ -88,7 +88,7 @@ def test_two_pools_take_turns():
 
 
 def test_what_does_not_fit_costs_infinitely_much():
-    assert math.isinf(cost_per_token(Plan(("h100", 1)), shape=LLAMA3_70B, context=4096))
+    assert math.isinf(cost_per_token(Pools(("h100", 1)), shape=LLAMA3_70B, context=4096))
 
 
 def test_presets_are_whole():
@@ -106,4 +106,4 @@ def test_refusals():
     with pytest.raises(ValueError, match="batch=0; expected batch >= 1"):
         roofline_times(TOY, 0, 1, model=MODEL)
     with pytest.raises(ValueError, match="batches=1; expected batches >= 2"):
-        cost_per_token(Plan(("h100", 2), ("h20", 1), 1), shape=LLAMA3_70B, context=100)
+        cost_per_token(Pools(("h100", 2), ("h20", 1), 1), shape=LLAMA3_70B, context=100)

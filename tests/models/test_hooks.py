@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import transformers
 
 from memlens.attention.exact import attend
 from memlens.attention.rope import rope
-from memlens.models.hooks import capture_qkv, gate_heads, use_attention
+from memlens.models.hooks import capture_qkv, gate_heads, rotary_frequencies, use_attention
 
 transformers = pytest.importorskip("transformers")
 
@@ -185,3 +186,15 @@ def test_smollm2_with_our_attention(smollm2):
         with use_attention(model, exact):
             got = model(ids).logits
     assert (got - want).abs().max() <= 2e-4
+
+
+def test_rotary_frequencies_are_the_models_or_none():
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 40,
+    }  # fmt: skip
+    whole = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    wanted = 10_000.0 ** (-torch.arange(0, 8, 2) / 8)
+    torch.testing.assert_close(rotary_frequencies(whole), wanted)
+    partial = transformers.StableLmConfig(**sizes, partial_rotary_factor=0.5)
+    assert rotary_frequencies(transformers.StableLmForCausalLM(partial)) is None

@@ -31,6 +31,7 @@ from memlens.kv.policies import LayerState, Policy, full
 from memlens.kv.select import positions, stream
 from memlens.kv.storage import gathered
 from memlens.kv.store import HeldLayer, refuse
+from memlens.models.hooks import rotary_frequencies
 
 __all__ = ["PolicyCache"]
 
@@ -215,13 +216,11 @@ def _shape(text_config: Any) -> tuple[int, int, int]:
 
 
 def _frequencies(model: Any, policy: Policy) -> Tensor | None:
-    found = [x for name, x in model.named_buffers() if name.endswith("rotary_emb.inv_freq")]
-    if len(found) == 1 and 2 * found[0].numel() == _shape(model.config.get_text_config())[2]:
-        return found[0]
-    if policy.rolling or (policy.merge and policy.merge.keys == "pre_rope"):
+    found = rotary_frequencies(model)
+    if found is None and (policy.rolling or (policy.merge and policy.merge.keys == "pre_rope")):
         fix = "use rolling=False, and keys='post_rope' or 'none' in a merge"
         check.fail("PolicyCache", f"{policy.name}, which turns keys", "a model with one rotary table over whole heads", fix)
-    return None
+    return found
 
 
 def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, scaling=None, **options: Any):

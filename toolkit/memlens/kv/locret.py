@@ -27,7 +27,7 @@ from memlens.attention.rope import unrope
 from memlens.kv.policy import Block, LayerState, Policy
 from memlens.kv.score import retaining_scores
 from memlens.kv.select import extend, positions
-from memlens.models.hooks import attention_modules, use_attention
+from memlens.models.hooks import attention_modules, rotary_frequencies, use_attention
 
 __all__ = [
     "Examples", "Head", "RetainingHeads", "chunked_prefill", "examples", "fit_head", "locret", "retained", "retaining_loss",
@@ -188,10 +188,10 @@ def _captured(model: Any, ids: Tensor, layers: Sequence[int]) -> dict[int, tuple
 
 
 def _frequencies(model: Any) -> Tensor:
-    found = [x for name, x in model.named_buffers() if name.endswith("rotary_emb.inv_freq")]
-    if len(found) != 1:
-        check.fail("locret", f"a model with {len(found)} rotary tables", "one, over whole heads")
-    return found[0]
+    found = rotary_frequencies(model)
+    if found is None:
+        check.fail("locret", "a model without plain rotary positions", "one rotary table, over whole heads")
+    return found
 
 
 def fit_head(

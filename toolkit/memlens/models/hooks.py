@@ -20,7 +20,7 @@ from memlens.attention.call import Call, visible
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["QKV", "capture_qkv", "gate_heads", "use_attention"]
+__all__ = ["QKV", "capture_qkv", "gate_heads", "rotary_frequencies", "use_attention"]
 
 NAME = "memlens"
 AttentionFn = Callable[[int, Tensor, Tensor, Tensor, int], Tensor | None]
@@ -192,3 +192,11 @@ def _gate(gate: Tensor, positions: str | Tensor) -> Callable:
         return (x * factor).flatten(-2), *inputs[1:]
 
     return hook
+
+
+def rotary_frequencies(model: nn.Module) -> Tensor | None:
+    """The rotary frequencies (dim / 2,) of a transformers model; None unless it has one table, over whole heads."""
+    found = [x for name, x in model.named_buffers() if name.endswith("rotary_emb.inv_freq")]
+    config = model.config.get_text_config()
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return found[0] if len(found) == 1 and 2 * found[0].numel() == dim else None

@@ -20,13 +20,13 @@ from memlens.kv.plan import Plan
 from memlens.kv.policies import Policy, full, h2o, prefixkv, snapkv
 from memlens.kv.prefixkv import layer_mass, prefix_curves
 from memlens.kv.retrieval import shadowkv
+from memlens.models.hooks import rotary_frequencies
 from memlens.tasks.cache_probes import kl_divergence
 from memlens.tasks.cache_studies import PROMPT, REST, TEXTS
 from memlens.tasks.merge_studies import passage, whole
-from memlens.tasks.thin_studies import inv_freq
 
 __all__ = [
-    "KEPT", "KINDS", "PROMPT", "REST", "TEXTS", "advice_data", "by_name", "coverage_data", "figure_data", "inv_freq",
+    "KEPT", "KINDS", "PROMPT", "REST", "TEXTS", "advice_data", "by_name", "coverage_data", "figure_data",
     "labelled", "leaf_policies", "losses", "measure", "passage", "plans", "share", "whole",
 ]  # fmt: skip
 
@@ -129,7 +129,7 @@ def leaf_policies(model: Any, filled: Prefilled) -> dict[str, Policy]:
         "d2o": d2o(0.25, keys="none")._replace(when="prompt"),
         "kivi": full().stored(kivi(2, group=32, residual=64)),
         "ksort": full().stored(block_floats(4, values=4, order=ksort(model))),
-        "shadowkv": full().stored(shadowkv(inv_freq(model), rank=30, budget=64, outliers=6)),
+        "shadowkv": full().stored(shadowkv(rotary_frequencies(model), rank=30, budget=64, outliers=6)),
     }
 
 

@@ -15,6 +15,7 @@ from memlens.kv.locret import Examples, Head, RetainingHeads, chunked_prefill, e
 from memlens.kv.policies import h2o, random_keep, streaming
 from memlens.kv.score import retaining_scores
 from memlens.kv.select import topk_keep
+from memlens.models.hooks import rotary_frequencies
 from memlens.tasks.cache_probes import kl_divergence
 from memlens.tasks.cache_studies import TEXTS
 
@@ -80,7 +81,7 @@ def read_heads(model: Any, content: bytes) -> RetainingHeads:
     found = load(content)
     layers = sorted({int(name.split(".")[0]) for name in found})
     heads = {i: Head(*(found[f"{i}.{name}"].float() for name in Head._fields)) for i in layers}
-    return RetainingHeads(heads, next(x for name, x in model.named_buffers() if name.endswith("rotary_emb.inv_freq")))
+    return RetainingHeads(heads, rotary_frequencies(model))
 
 
 def best_share(score: Tensor, label: Tensor, share: float = 0.1) -> Tensor:

@@ -16,7 +16,7 @@ from memlens.kv.kivi import kivi
 from memlens.kv.ksort import RopeTable, apply_channel_permutation, ksort, logit_error, rope_table, rotate
 from memlens.kv.mikv import mikv
 from memlens.kv.policies import Policy, full
-from memlens.models.hooks import attention_modules, capture_qkv, use_attention
+from memlens.models.hooks import attention_modules, capture_qkv, rotary_frequencies, use_attention
 from memlens.quant.blockfloat import bfp
 from memlens.tasks.cache_studies import TEXTS
 
@@ -116,12 +116,11 @@ def permuted_logits(model: Any, ids: Tensor, order: Tensor) -> Tensor:
         order: (layers, Hkv, D), as from `memlens.kv.ksort.ksort`.
     """
     modules, inputs, dim = attention_modules(model), {}, order.shape[-1]
-    inv_freq = next(x for name, x in model.named_buffers() if name.endswith("rotary_emb.inv_freq"))
     place = torch.arange(ids.shape[1])
 
     def sorted_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, offset: int) -> Tensor:
         weights = (modules[layer].q_proj.weight, modules[layer].k_proj.weight)
-        wq, wk, table = apply_channel_permutation(*weights, order[layer], rope_table(inv_freq))
+        wq, wk, table = apply_channel_permutation(*weights, order[layer], rope_table(rotary_frequencies(model)))
         wide = RopeTable(*(part.repeat_interleave(q.shape[1] // k.shape[1], 0) for part in table))
         new_q, new_k = ((inputs[layer] @ w.T).unflatten(-1, (-1, dim)).transpose(1, 2) for w in (wq, wk))
         return attend(rotate(new_q, place, wide), rotate(new_k, place, table), v)

@@ -17,12 +17,12 @@ from memlens.cost.storage import flash_pages
 from memlens.kv.policies import Policy, full
 from memlens.kv.retrieval import instinfer, shadowkv
 from memlens.kv.select import chunk_landmarks, topk_keep
-from memlens.models.hooks import QKV
+from memlens.models.hooks import QKV, rotary_frequencies
 from memlens.tasks.quantised_studies import PROMPT, TEXTS, copy_nll, passage
-from memlens.tasks.thin_studies import energies, from_prefill, inv_freq, rank_arms
+from memlens.tasks.thin_studies import energies, from_prefill, rank_arms
 
 __all__ = [
-    "TEXTS", "arms", "chunk_guess", "copy_nll", "coverage", "energies", "from_prefill", "inv_freq", "passage", "rank_arms",
+    "TEXTS", "arms", "chunk_guess", "copy_nll", "coverage", "energies", "from_prefill", "passage", "rank_arms",
     "shadow_state", "sparf_errors",
 ]  # fmt: skip
 
@@ -35,7 +35,7 @@ def arms(model: Any) -> dict[str, Policy]:
     table = {"full": full()}
     for share in (0.125, 0.25, 0.5):
         table[f"ShadowKV {share}"] = full().stored(
-            shadowkv(inv_freq(model), rank=RANK, budget=int(share * PROMPT), outliers=6)
+            shadowkv(rotary_frequencies(model), rank=RANK, budget=int(share * PROMPT), outliers=6)
         )
     for r in CHANNELS:
         table[f"SparF r={r}"] = full().stored(instinfer(r, TOKENS))

@@ -15,7 +15,7 @@ from torch import Tensor
 from memlens import check
 from memlens.attention.exact import attend
 from memlens.cost.serving.hybrid_trace import HYBRIDS, Job, simulate_hybrid
-from memlens.cost.serving.roofline import LLAMA3_70B, Plan, cost_per_token
+from memlens.cost.serving.roofline import LLAMA3_70B, Pools, cost_per_token
 
 __all__ = ["Decoded", "cheapest", "decode", "hybrid_gains", "layer_times", "ping_pong", "plans"]
 
@@ -100,12 +100,12 @@ def _write_in_turns(model: Any, pool: Any, request: Any, batch: int, tokens: int
         _write(model, request, batch, tokens)
 
 
-def plans(*, two_pools: bool) -> list[Plan]:
+def plans(*, two_pools: bool) -> list[Pools]:
     """Ways to spend up to 16 devices: H100s, or H100s for the model and H20s for attention with 2 or 3 batches in flight."""
     if not two_pools:
-        return [Plan(("h100", count)) for count in range(1, MOST_DEVICES + 1)]
+        return [Pools(("h100", count)) for count in range(1, MOST_DEVICES + 1)]
     counts = [(a, b) for a in range(1, MOST_DEVICES) for b in range(1, MOST_DEVICES + 1 - a)]
-    return [Plan(("h100", a), ("h20", b), batches) for a, b in counts for batches in (2, 3)]
+    return [Pools(("h100", a), ("h20", b), batches) for a, b in counts for batches in (2, 3)]
 
 
 def cheapest(contexts: Iterable[int], shape: Any = LLAMA3_70B) -> xr.Dataset:
@@ -129,7 +129,7 @@ def cheapest(contexts: Iterable[int], shape: Any = LLAMA3_70B) -> xr.Dataset:
     return data
 
 
-def _words(plan: Plan) -> str:
+def _words(plan: Pools) -> str:
     return " + ".join(f"{pool[1]} {pool[0].upper()}" for pool in (plan.model, plan.attention) if pool)
 
 

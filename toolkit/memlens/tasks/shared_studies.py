@@ -14,6 +14,7 @@ from memlens.kv.adapter import PolicyCache
 from memlens.kv.kivi import kivi
 from memlens.kv.policies import Policy, full, h2o, sirllm, snapkv, streaming
 from memlens.kv.retrieval import instinfer, shadowkv
+from memlens.models.hooks import rotary_frequencies
 from memlens.tasks.shared_context import (
     GENERATORS,
     MODES,
@@ -25,7 +26,6 @@ from memlens.tasks.shared_context import (
     evaluate_shared,
     read,
 )  # fmt: skip
-from memlens.tasks.thin_studies import inv_freq
 
 __all__ = [
     "EVICTING", "LINEAR", "SEEDS", "TASKS", "arms", "asked_lines", "draw", "evaluate", "fresh_prompt", "kept_lines", "later", "losses",
@@ -60,7 +60,7 @@ def arms(model: Any) -> dict[str, Method]:
         "KIVI-4": kivi(4, group=32, residual=32),
         "KIVI-2": kivi(2, group=32, residual=32),
         "SparF": instinfer(16, 1 / 8),
-        "ShadowKV": shadowkv(inv_freq(model), rank=30, budget=128, outliers=6),
+        "ShadowKV": shadowkv(rotary_frequencies(model), rank=30, budget=128, outliers=6),
     }
     table = {"full": lambda length: full()}
     table |= {name: partial(_stored, store=store) for name, store in formats.items()} | selections()

@@ -16,11 +16,11 @@ from memlens.kv.ksort import logit_error
 from memlens.kv.lowrank import energy, low_rank
 from memlens.kv.policies import Policy, full
 from memlens.kv.think import think
-from memlens.models.hooks import QKV
+from memlens.models.hooks import QKV, rotary_frequencies
 from memlens.tasks.quantised_studies import TEXTS, copy_nll, passage
 
 __all__ = [
-    "LAMS", "RANKS", "TEXTS", "arms", "copy_nll", "energies", "from_prefill", "inv_freq", "lams", "logit_errors", "passage",
+    "LAMS", "RANKS", "TEXTS", "arms", "copy_nll", "energies", "from_prefill", "lams", "logit_errors", "passage",
     "rank_arms",
 ]  # fmt: skip
 
@@ -38,14 +38,9 @@ def arms(chosen: Iterable[float] = LAMS) -> dict[str, Policy]:
     return table
 
 
-def inv_freq(model: Any) -> Tensor:
-    """The rotary frequencies of a model, (D / 2,)."""
-    return next(x for name, x in model.named_buffers() if name.endswith("rotary_emb.inv_freq"))
-
-
 def rank_arms(model: Any, ranks: Iterable[int] = RANKS) -> dict[str, Policy]:
     """Keys as factors, made before and after rotary positions; values whole, attention to everything."""
-    turns = {"before": inv_freq(model), "after": None}
+    turns = {"before": rotary_frequencies(model), "after": None}
     return {f"{when} {r}": full().stored(low_rank(r, turns[when])) for r in ranks for when in turns}
 
 

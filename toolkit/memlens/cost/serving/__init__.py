@@ -3,7 +3,7 @@
 from memlens.lazy import attach
 
 _HOMES = {
-    "LLAMA3_70B": "roofline", "Plan": "roofline", "cost_per_token": "roofline", "kv_bytes": "roofline",
+    "LLAMA3_70B": "roofline", "Pools": "roofline", "cost_per_token": "roofline", "token_bytes": "roofline",
     "min_bandwidth": "roofline", "parameters": "roofline", "roofline_times": "roofline", "wire_bytes": "roofline",
     "break_even": "economics", "expected_latency": "economics",
     "replica": "staggered", "staggered_schedule": "staggered",

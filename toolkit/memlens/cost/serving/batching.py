@@ -24,7 +24,7 @@ from memlens.cost.memory import LLAMA_7B, llama_weights
 from memlens.cost.serving.grouping import order_groups, single_level
 from memlens.cost.serving.prefix import prefix_tree
 from memlens.cost.serving.residency import Grouped, Residency, Shared
-from memlens.cost.serving.roofline import kv_bytes, parameters
+from memlens.cost.serving.roofline import parameters, token_bytes
 
 __all__ = ["BATCHLLM", "LRU", "Batching", "Request", "simulate_batching"]
 
@@ -78,7 +78,7 @@ def simulate_batching(
 
 def _room(gpu: Device, shape: Any) -> int:
     weights = 2 * sum(weight.numel for weight in llama_weights(shape))
-    return int((0.9 * gpu.memory - weights) / kv_bytes(shape))
+    return int((0.9 * gpu.memory - weights) / token_bytes(shape))
 
 
 def _plan(requests: Sequence[Request], policy: Batching, memory: int) -> tuple[list[int], Residency]:
@@ -96,7 +96,7 @@ def _plan(requests: Sequence[Request], policy: Batching, memory: int) -> tuple[l
 
 def _run(requests: Sequence, order: list[int], held: Residency, policy: Batching, gpu: Device, shape: Any) -> list[tuple]:
     """One row for each iteration: seconds, prefill, decode, memory."""
-    count, each = parameters(shape), kv_bytes(shape)
+    count, each = parameters(shape), token_bytes(shape)
     waiting, filling, ends, rows = order[::-1], [], [], []
     writing = 0
     while waiting or filling or ends:

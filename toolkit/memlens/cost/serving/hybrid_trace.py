@@ -17,7 +17,7 @@ from memlens import check
 from memlens.cost.devices import Device, device, link
 from memlens.cost.memory import LLAMA_7B, Llama, llama_weights
 from memlens.cost.serving.hybrid import hybrid_throughput, prefers_pipelining
-from memlens.cost.serving.roofline import kv_bytes, parameters
+from memlens.cost.serving.roofline import parameters, token_bytes
 
 __all__ = ["HYBRIDS", "POLICIES", "Hybrid", "Job", "simulate_hybrid"]
 
@@ -43,7 +43,7 @@ class Hybrid(NamedTuple):
     def room(self) -> int:
         """Tokens whose keys and values fit the GPU beside the weights."""
         weights = 2 * sum(weight.numel for weight in llama_weights(self.shape))
-        return max(0, int((self.usable * self.gpu.memory - weights) / kv_bytes(self.shape)))
+        return max(0, int((self.usable * self.gpu.memory - weights) / token_bytes(self.shape)))
 
     def linear(self, rows: float) -> float:
         """GPU seconds of a layer's linear part for a batch of rows."""
@@ -52,7 +52,7 @@ class Hybrid(NamedTuple):
 
     def attend(self, tokens: float, *, host: bool = False) -> float:
         """Seconds of a layer's attention over caches of `tokens` in all; on the host the link may be slower."""
-        each = kv_bytes(self.shape) / self.shape.num_hidden_layers
+        each = token_bytes(self.shape) / self.shape.num_hidden_layers
         return tokens * each / (self.host if host else self.gpu).bandwidth
 
     def ship(self, rows: float) -> float:
@@ -159,7 +159,7 @@ def _admit(waiting: list[Job], gpu: _Pool, cpu: _Pool, device: Hybrid, policy: s
 def _host_takes(job: Job, gpu: _Pool, cpu: _Pool, device: Hybrid, policy: str) -> bool:
     """Whether the host has the memory, and its CPU the time, for one more."""
     total = cpu.reserved + job.prompt + job.output
-    if total * kv_bytes(device.shape) > device.usable * device.host.memory:
+    if total * token_bytes(device.shape) > device.usable * device.host.memory:
         return False
     trial = _Pool()
     trial.context = np.append(cpu.context + cpu.left / 2, job.prompt + job.output / 2)

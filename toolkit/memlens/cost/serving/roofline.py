@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from memlens import check
 from memlens.cost.devices import Device, device
-from memlens.cost.memory import Llama, llama_weights
+from memlens.cost.memory import Llama, kv_bytes, llama_weights
 
 __all__ = [
-    "LLAMA3_70B", "Plan", "Times", "cost_per_token", "kv_bytes", "min_bandwidth", "parameters", "roofline_times",
+    "LLAMA3_70B", "Pools", "Times", "cost_per_token", "min_bandwidth", "parameters", "roofline_times", "token_bytes",
     "wire_bytes",
 ]  # fmt: skip
 
@@ -30,7 +30,7 @@ class Times(NamedTuple):
     attention: float  # s, likewise
 
 
-class Plan(NamedTuple):
+class Pools(NamedTuple):
     """Devices that serve one model: a homogeneous pool, or one for the model and one for attention."""
 
     model: tuple[str, int]  # a name of `memlens.cost.devices` and how many
@@ -43,10 +43,9 @@ def parameters(shape: Any) -> int:
     return sum(weight.numel for weight in llama_weights(shape) if weight.name != "embed" or shape.tie_word_embeddings)
 
 
-def kv_bytes(shape: Any, number_bytes: float = 2) -> float:
+def token_bytes(shape: Any, number_bytes: float = 2) -> float:
     """Bytes of keys and values for each token of context, all layers."""
-    width = shape.hidden_size // shape.num_attention_heads * shape.num_key_value_heads
-    return 2 * width * shape.num_hidden_layers * number_bytes
+    return kv_bytes(shape, 1, itemsize=number_bytes)["payload"]
 
 
 def wire_bytes(shape: Any, number_bytes: float = 2) -> float:
@@ -71,7 +70,7 @@ def roofline_times(
     attention, count = attention or model, parameters(shape)
     linear = max(2 * count * batch / model.flops, number_bytes * count / model.bandwidth)
     products = 4 * shape.hidden_size * shape.num_hidden_layers * batch * context
-    read = kv_bytes(shape, number_bytes) * batch * context
+    read = token_bytes(shape, number_bytes) * batch * context
     return Times(linear, max(products / attention.flops, read / attention.bandwidth))
 
 
@@ -92,7 +91,7 @@ def min_bandwidth(
 
 
 def cost_per_token(
-    config: Plan, prices: dict[str, float] | None = None, *, shape: Any, context: int, usable: float = 0.9,
+    config: Pools, prices: dict[str, float] | None = None, *, shape: Any, context: int, usable: float = 0.9,
     number_bytes: float = 2, most: int = 1024,
 ) -> float:  # fmt: skip
     """Dollars for a generated token at the largest batch that fits, infinite where none does.
@@ -112,7 +111,7 @@ def cost_per_token(
     pools = [device(name).times(count) for name, count in _parts(config)]
     room = usable * pools[0].memory - number_bytes * parameters(shape)
     cache = room if len(pools) == 1 else usable * pools[1].memory
-    batch = min(most, int(cache // (kv_bytes(shape, number_bytes) * context))) if room > 0 and context else 0
+    batch = min(most, int(cache // (token_bytes(shape, number_bytes) * context))) if room > 0 and context else 0
     groups = 1 if len(pools) == 1 else config.batches
     check.at_least("cost_per_token", 1 if len(pools) == 1 else 2, batches=groups)
     if batch < groups:
@@ -122,10 +121,10 @@ def cost_per_token(
     return seconds * _rate(config, prices) / (batch // groups * groups)
 
 
-def _rate(config: Plan, prices: dict[str, float] | None) -> float:
+def _rate(config: Pools, prices: dict[str, float] | None) -> float:
     """Dollars a second."""
     return sum(count * (prices[name] if prices else device(name).price) for name, count in _parts(config)) / 3600
 
 
-def _parts(config: Plan) -> list[tuple[str, int]]:
+def _parts(config: Pools) -> list[tuple[str, int]]:
     return [pool for pool in (config.model, config.attention) if pool]
