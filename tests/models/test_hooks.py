@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import transformers
 
 from memlens.attention.exact import attend
 from memlens.attention.rope import rope
