@@ -171,7 +171,8 @@ def main(path: Path, *, check: bool) -> int:
     changed = sum(line not in old.splitlines() for line in text.splitlines()) if text != old else 0
     if text != old and not check:
         path.write_text(text, encoding="utf-8", newline="\n")
-    print(f"{len(rows)} rows, {max(0, len(list(csv.reader(old.splitlines()))) - 1)} before, {changed} changed; {len(bad)} faults")
+    before = max(0, len(list(csv.reader(old.splitlines()))) - 1)
+    print(f"{len(rows)} rows, {before} before, {changed} changed; {len(bad)} faults")
     for line in bad:
         print(f"  {line}")
     if check and text != old:
