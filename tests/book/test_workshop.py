@@ -31,3 +31,12 @@ def test_a_wrong_solution_is_found(put):
     path = put(whole(solution="y = x + 2"))
     wrong = prove(path, student(read(path)))
     assert "the solved copy fails in code cell 6" in wrong[0]
+
+
+def test_the_figures_of_the_small_runs_are_not_kept(put, clone, monkeypatch):
+    monkeypatch.setenv("MEMLENS_FIGURES", str(clone / "figures"))
+    data = "xr.DataArray([1.0], dims='k', name='v').to_dataset()"
+    drawn = f"import xarray as xr\nfrom memlens import viz\n_ = viz.save_figure('x', {data}, 'lines', x='k', y='v')"
+    path = put([*whole(), code(drawn)])
+    assert prove(path, student(read(path))) == []
+    assert not list(clone.glob("figures/x.*"))

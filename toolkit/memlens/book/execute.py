@@ -28,23 +28,29 @@ class Run(NamedTuple):
     error: str = ""  # one line
 
 
-def execute(path: Path, *, timeout: int = TIMEOUT, allow_errors: bool = False, parameters: dict | None = None) -> Run:
+def execute(
+    path: Path, *, timeout: int = TIMEOUT, allow_errors: bool = False, parameters: dict | None = None,
+    figures: Path | None = None,
+) -> Run:  # fmt: skip
     """Run every cell of the notebook at `path` in its own folder, without writing to it.
 
     Args:
         timeout: seconds for one cell.
         allow_errors: go on after a failing cell.
         parameters: values put after the cell tagged `parameters`, like papermill's.
+        figures: the folder that `save_figure` writes to, where it is not the project's own.
     """
     book = read(path)
     for cell in code_cells(book):
         cell.outputs, cell.execution_count = [], None
         if parameters and "parameters" in tags(cell):
             cell.source += "\n" + "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
-    return run(book, path.parent, timeout=timeout, allow_errors=allow_errors)
+    return run(book, path.parent, timeout=timeout, allow_errors=allow_errors, figures=figures)
 
 
-def run(book: NotebookNode, folder: Path, *, timeout: int = TIMEOUT, allow_errors: bool = False) -> Run:
+def run(
+    book: NotebookNode, folder: Path, *, timeout: int = TIMEOUT, allow_errors: bool = False, figures: Path | None = None
+) -> Run:
     """Run a notebook that is held in memory, with `folder` as its working folder."""
     logging.getLogger("traitlets").setLevel(logging.CRITICAL)
     started: list[int] = []
@@ -58,6 +64,7 @@ def run(book: NotebookNode, folder: Path, *, timeout: int = TIMEOUT, allow_error
         # the kernel's own notices (its transport, its shutdown) go nowhere; what cells print is captured in their outputs
         # OMP_WAIT_POLICY: notebooks share the cores, so a thread that waits should sleep, not spin
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+        environment |= {"MEMLENS_FIGURES": str(figures)} if figures else {}
         asyncio.run(client.async_execute(stderr=subprocess.DEVNULL, env=environment))
     except CellExecutionError as failure:
         error = f"{failure.ename}: {failure.evalue}".splitlines()[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from nbformat import NotebookNode
 from rich.console import Console
@@ -49,8 +50,13 @@ def _failures(done: Run) -> dict[int, list[str]]:
 
 def prove(path: Path, blanked: NotebookNode) -> list[str]:
     """What is wrong with the pair: the solved one must pass, the student's fail at every check and nowhere else."""
+    with TemporaryDirectory() as figures:  # those of a small run are not the project's
+        return _wrong(path, blanked, Path(figures))
+
+
+def _wrong(path: Path, blanked: NotebookNode, figures: Path) -> list[str]:
     wrong = []
-    solved = execute(path, parameters={"size": "small"})
+    solved = execute(path, parameters={"size": "small"}, figures=figures)
     if solved.error:
         wrong.append(f"the solved copy fails in code cell {solved.failed_cell}: {solved.error}")
     small = NotebookNode(blanked.copy())
@@ -58,7 +64,7 @@ def prove(path: Path, blanked: NotebookNode) -> list[str]:
     for cell in code_cells(small):
         if "parameters" in tags(cell):
             cell.source += "\nsize = 'small'"
-    failed = _failures(run(small, path.parent, allow_errors=True))
+    failed = _failures(run(small, path.parent, allow_errors=True, figures=figures))
     checks = {number for number, cell in enumerate(code_cells(small), 1) if "check" in tags(cell)}
     wrong += [f"code cell {number} fails, though it is no check" for number in sorted(set(failed) - checks)]
     wrong += [f"the check in code cell {number} passes without a solution" for number in sorted(checks - set(failed))]
