@@ -25,6 +25,7 @@ if __name__ == "__main__":
         error.append(studies.sort_errors(model, ids))
     texts = xr.IndexVariable("text", list(studies.TEXTS))
     data = xr.Dataset({"nll": xr.concat(nll, texts), "error": xr.concat(error, texts)})
+    data["safety"] = studies.safety(model, tokenizer, ["full", "evicted", "INT4"]).rename(arm="kept_as")
     small = {name: {"dtype": "float32", "zlib": True} for name in data.data_vars}
     data.to_netcdf(HERE / "quantised.nc", engine="h5netcdf", encoding=small)
     print(data.nll.mean(("span", "token")).transpose().to_pandas().round(3))
