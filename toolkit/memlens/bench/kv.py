@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from memlens.bench.case import Case
 from memlens.kv.kivi import Kivi, kivi
 from memlens.kv.observe import decode_observe
-from memlens.kv.policies import Block, LayerState, Policy, h2o, snapkv, streaming
+from memlens.kv.policies import Block, LayerState, Policy, h2o, nothing, snapkv, streaming
 from memlens.kv.score import column_mass
 from memlens.kv.select import extend
 from memlens.kv.storage import held_bytes
@@ -89,7 +89,7 @@ def _pressed(model: Any, ids: torch.Tensor, press: Any) -> Callable[[], object]:
 def _key_norm(state: LayerState, block: Block) -> LayerState:
     """A token is worth the more, the shorter its key: the score of kvpress's Knorm."""
     return state._replace(
-        stream=extend(state.stream, 0.0 * block.k[..., 0], pad=block.pad)._replace(score=-block.k.norm(dim=-1))
+        stream=extend(state.stream, nothing(block), pad=block.pad)._replace(score=-block.k.norm(dim=-1))
     )
 
 

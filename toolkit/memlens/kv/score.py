@@ -26,7 +26,7 @@ __all__ = [
 REDUCES = ("sum", "mean", "max", "last", "count_above", "count_below")
 GROUPS = ("mean", "max", "sum", "none")
 LOG2E = 1.4426950408889634
-TILE = 1 << 19  # probabilities held at a time by the torch form; a row is never split
+TILE = 1 << 21  # probabilities held at a time by the torch form; a row is never split
 
 
 class Mass(NamedTuple):

@@ -45,13 +45,24 @@ def topk_keep(score: Tensor, budget: int, *, first: int = 0, last: int = 0, aliv
     if budget >= length:
         return torch.arange(length, device=score.device).expand(score.shape)
     if alive is None:
-        alive = torch.ones((), dtype=torch.bool, device=score.device).expand(score.shape)
+        keep = torch.ones_like(score, dtype=torch.bool)
+        keep[..., first : length - last] = _highest(score[..., first : length - last], budget - first - last)
+        return keep.nonzero()[:, -1].view(*score.shape[:-1], budget)
     rank = alive.cumsum(-1)
     protected = alive & ((rank <= first) | (rank > rank[..., -1:] - last))
     order = score.sort(dim=-1, descending=True, stable=True).indices
     tier = alive.to(torch.uint8) + protected.to(torch.uint8)  # padding 0, ordinary 1, protected 2
     best = tier.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices[..., :budget]
     return order.gather(-1, best).sort(dim=-1).values
+
+
+def _highest(score: Tensor, count: int) -> Tensor:
+    """Where the `count` highest scores are, ties to the lower index: (..., L) bool, without sorting the whole row."""
+    if count == 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    least = score.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above, level = score > least, score == least
+    return above | (level & (level.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
 
 
 def fixed_point(held: int, p: int, count: int = 1, *, start: int = 0, alive: Tensor | None = None) -> Tensor:
