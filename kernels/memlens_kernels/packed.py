@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memlens_kernels.tile import Tile
 
-__all__ = ["Words", "decode_packed", "pack_buffers", "problem", "quantize_pack", "tiles"]
+__all__ = ["Words", "decode_packed", "pack_buffers", "problem", "quantize_pack", "score_buffer", "tiles"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -135,13 +135,15 @@ def score_columns(
 
 @triton.jit(do_not_specialize=["tokens", "slots", "span", "value_tokens"])
 def decode_kernel(
-    q, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, rank, out, lse,
+    q, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, rank, scores, out, lse,
     scale, rows, kv_heads, tokens, slots, value_tokens, span, k_words, k_groups,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
-    K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, K_TOKENS: tl.constexpr, HAS_RANK: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, K_TOKENS: tl.constexpr, HAS_RANK: tl.constexpr, TALLY: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows of one kv head over slots [program · span, + span): out (already divided) and natural-log lse.
+
+    With TALLY the scores are left in `scores` (rows, slots), -inf in an empty slot.
 
     A slot is a place among the keys; `rank` says which row of the values it goes with, and one outside [0, tokens) is not
     there. Without `rank` the two run side by side.
@@ -174,6 +176,9 @@ def decode_kernel(
                 k_words_at, k_scale + k_meta_at, k_zero + k_meta_at, n, seen, DIM, K_BITS, K_GROUP, BLOCK_D
             ).to(q_tile.dtype)  # fmt: skip
             s = tl.dot(q_tile, tl.trans(key), input_precision=PRECISION)
+        if TALLY:
+            at = scores + (head * rows + m)[:, None] * slots + n[None, :]
+            tl.store(at, tl.where(seen[None, :], s * scale, float("-inf")), mask=(m < rows)[:, None] & (n < slots)[None, :])
         s = tl.where(seen[None, :], s * (scale * LOG2E), float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -237,11 +242,13 @@ def _power(n: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(n))
 
 
-def _config(k: Words, v: Words, dim: int, value_dim: int, rows: int, dtype: torch.dtype, rank: bool) -> dict:
+def _config(
+    k: Words, v: Words, dim: int, value_dim: int, rows: int, dtype: torch.dtype, rank: bool, tally: bool = False
+) -> dict:
     along = k.axis == -2
     return {
         "DIM": dim, "VALUE_DIM": value_dim, "K_BITS": k.bits, "V_BITS": v.bits, "K_GROUP": k.group, "V_GROUP": v.group,
-        "K_TOKENS": along, "HAS_RANK": rank,
+        "K_TOKENS": along, "HAS_RANK": rank, "TALLY": tally,
         "BLOCK_D": _power(dim, 16 if along else max(16, 32 // k.bits)), "BLOCK_V": _power(value_dim, max(16, 32 // v.bits)),
         "BLOCK_M": _power(rows), "BLOCK_N": k.group if along else 32,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
@@ -261,9 +268,18 @@ def problem(k: Words, v: Words, dim: int, value_dim: int, rows: int) -> str:
     return ""
 
 
+def _slots(k: Words) -> int:
+    return k.scale.shape[2] * k.group if k.axis == -2 else k.codes.shape[2]
+
+
+def score_buffer(q: Tensor, k: Words) -> Tensor:
+    """Uninitialised scores (B, Hkv, rows, slots), float32, for `decode_packed`."""
+    return torch.empty(*q.shape[:3], _slots(k), dtype=torch.float32, device=q.device)
+
+
 def decode_packed(
     q: Tensor, k: Words, v: Words, *, tokens: int, scale: float, rank: Tensor | None = None, span: int = 512,
-    out: Tensor | None = None, lse: Tensor | None = None,
+    scores: Tensor | None = None, out: Tensor | None = None, lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Partial attention of every query row to the packed tokens, one part per span of the slots.
 
@@ -273,20 +289,22 @@ def decode_packed(
         tokens: the first so many are attended to.
         rank: (B, Hkv, slots) int32: the row of v that belongs to a slot of k; outside [0, tokens) the slot is empty.
         span: slots for one program; a multiple of 128.
+        scores: from `score_buffer`; gets scale · q·k of every row and slot, -inf where the slot is empty.
         out, lse: buffers, made here where None.
     Returns:
         out (parts, B, Hkv, rows, Dv) in q's dtype and lse (parts, B, Hkv, rows), float32, -inf where a part saw nothing.
     """
     (batch, kv_heads, rows, dim), value_tokens = q.shape, v.codes.shape[2]
     value_dim = v.scale.shape[-1] * v.group
-    slots = k.scale.shape[2] * k.group if k.axis == -2 else k.codes.shape[2]
+    slots = _slots(k)
     parts = max(1, triton.cdiv(slots, span))
     out = torch.empty(parts, batch, kv_heads, rows, value_dim, dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty(parts, batch, kv_heads, rows, dtype=torch.float32, device=q.device) if lse is None else lse
     decode_kernel[(parts, batch * kv_heads)](
-        q, *(x.contiguous() for x in (*k[:3], *v[:3])), lse if rank is None else rank, out, lse,
+        q, *(x.contiguous() for x in (*k[:3], *v[:3])), lse if rank is None else rank,
+        lse if scores is None else scores, out, lse,
         scale, rows, kv_heads, tokens, slots, value_tokens, span, k.codes[0, 0].numel(), k.scale[0, 0].numel(),
-        **_config(k, v, dim, value_dim, rows, q.dtype, rank is not None), num_warps=4,
+        **_config(k, v, dim, value_dim, rows, q.dtype, rank is not None, scores is not None), num_warps=4,
     )  # fmt: skip
     return out, lse
 
@@ -302,19 +320,20 @@ def _pack_tile(dtype: str, dim: int, bits: int, axis: int, group: int) -> Tile:
     return Tile(pack_kernel, label, signature, constants, 4, 3, 8 * block * group, moved, "any")
 
 
-def _decode_tile(dtype: str, dim: int, bits: int, axis: int, rank: bool) -> Tile:
+def _decode_tile(dtype: str, dim: int, bits: int, axis: int, rank: bool, tally: bool = False) -> Tile:
     rows, span = 4, 512
     group = 32 if axis == -2 else max(32, dim // 2)
     words = [Words(None, None, None, bits, ax, n) for ax, n in ((axis, group), (-1, 32 if axis == -2 else group))]
-    constants = _config(*words, dim, dim, rows, torch.float32 if dtype == "fp32" else torch.float16, rank)
-    kinds = {"q": f"*{dtype}", "out": f"*{dtype}", "lse": "*fp32", "rank": "*i32", "scale": "fp32"}
+    constants = _config(*words, dim, dim, rows, torch.float32 if dtype == "fp32" else torch.float16, rank, tally)
+    kinds = {"q": f"*{dtype}", "out": f"*{dtype}", "lse": "*fp32", "scores": "*fp32", "rank": "*i32", "scale": "fp32"}
     kinds |= {
         f"{x}_{part}": kind for x in "kv" for part, kind in (("codes", "*i32"), ("scale", "*fp16"), ("zero", "*fp16"))
     }
     signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in decode_kernel.arg_names}
     per_token = 2 * (dim * bits // 8 + 4 * dim // group)
-    moved = span * (per_token + 4 * rank) + 2 * rows * dim * (4 if dtype == "fp32" else 2) + 4 * rows
+    moved = span * (per_token + 4 * rank + 4 * rows * tally) + 2 * rows * dim * (4 if dtype == "fp32" else 2) + 4 * rows
     label = f"{dtype} D{dim} {bits} bit, keys by {'channel' if axis == -2 else 'token'}{', with holes' if rank else ''}"
+    label += ", scores out" if tally else ""
     return Tile(
         decode_kernel, label, signature, constants, 4, 3, 4 * rows * span * dim, moved, f"{rows} rows, {span} tokens"
     )
@@ -326,5 +345,6 @@ def tiles() -> list[Tile]:
     decodes = [
         ("fp16", 64, 2, -2, False), ("fp16", 128, 2, -2, False), ("fp16", 128, 2, -2, True), ("fp16", 128, 4, -2, False),
         ("fp16", 64, 2, -1, False), ("fp16", 128, 2, -1, False), ("fp16", 128, 8, -1, False), ("fp32", 64, 4, -2, False),
+        ("fp16", 128, 4, -2, True, True), ("fp16", 64, 2, -1, False, True),
     ]  # fmt: skip
     return [_pack_tile(*shape) for shape in packs] + [_decode_tile(*shape) for shape in decodes]

@@ -110,6 +110,34 @@ def test_holes_and_values_in_another_order(dtype, generator, assert_close):
 
 
 @DTYPES
+@pytest.mark.parametrize("axis, span", [(-2, 128), (-1, 512)])
+@pytest.mark.parametrize("holes", [False, True])
+def test_what_each_token_got_comes_out_of_the_same_pass(dtype, axis, span, holes, generator, assert_close):
+    q, k, v, tokens = packed_case(dtype, 4, 4, axis, 64, 64, 32, generator)
+    rank = None
+    if holes:
+        rank = torch.stack([torch.randperm(96, generator=generator) for _ in range(4)]).view(2, 2, 96).to(torch.int32)
+        rank[0, 0, :5] = 500  # beyond the values: not there
+    rest = tuple(torch.randn(2, 2, 5, 64, generator=generator).to(dtype) for _ in "kv")
+    options, slack = {"rank": rank, "rest": rest, "tally": True}, {} if dtype == torch.float32 else HALF
+    got = packed_attend(q, k, v, tokens=tokens, form="triton", **options)
+    assert got.score.shape == (2, 6, tokens + 5)
+    assert_close(got, packed_attend(q, k, v, tokens=tokens, form="reference", **options), **slack)
+
+
+def test_every_score_is_written_and_an_empty_slot_is_minus_infinity(generator, assert_close):
+    from memlens_kernels.packed import decode_packed, score_buffer
+
+    q = torch.randn(2, 2, 3, 32, generator=generator)
+    k, v = (torch.randn(2, 2, 320, 32, generator=generator) for _ in range(2))
+    k, v = affine_quantize(k, 4, axis=-2, group=32), affine_quantize(v, 4, axis=-1, group=32)
+    scores = score_buffer(q, words(k)).fill_(torch.nan)
+    decode_packed(q, words(k), words(v), tokens=300, scale=0.3, span=128, scores=scores)
+    assert_close(scores[..., :300], 0.3 * q @ dequantize(k)[:, :, :300].mT)
+    assert bool((scores[..., 300:] == -torch.inf).all())
+
+
+@DTYPES
 @pytest.mark.parametrize("length", [20, 64, 131])
 def test_kivi_and_mikv_attend_through_the_kernel(dtype, length, generator, assert_close):
     q = torch.randn(1, 6, 2, 64, generator=generator).to(dtype)

@@ -5,12 +5,20 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memlens.attention.exact import attend
 from memlens.kv import packed
 from memlens.kv.cache import continue_with, prefill
-from memlens.kv.kivi import kivi
+from memlens.kv.kivi import kivi, kivi_attend
 from memlens.kv.mikv import mixed
-from memlens.kv.policies import full, h2o, random_keep, sirllm, snapkv, streaming
+from memlens.kv.policies import Policy, full, h2o, nothing, random_keep, sirllm, snapkv, streaming, tova
+from memlens.kv.score import column_mass
+from memlens.kv.select import extend
 from memlens.kv.store import HeldLayer
+
+
+def by_key(state, block):
+    return state._replace(stream=extend(state.stream, nothing(block), pad=block.pad)._replace(score=-block.k.norm(dim=-1)))
+
 
 FORMATS = {
     "kivi2": kivi(2, group=8, residual=16), "kivi4": kivi(4, group=8, residual=32), "as it is": kivi(16),
@@ -21,7 +29,7 @@ POLICIES = {
     "random": lambda: random_keep(48, generator=presets.generator(), sinks=2),
     "sirllm": lambda: sirllm(start=2, entropy=38, recent=8, decay=0.9),
     "rolling": lambda: sirllm(start=2, entropy=38, recent=8, decay=0.9, rolling=True),
-    "h2o": lambda: h2o(24, 24),
+    "h2o": lambda: h2o(24, 24), "tova": lambda: tova(48), "keys": lambda: Policy("keys", by_key, 48),
 }  # fmt: skip
 
 
@@ -99,11 +107,43 @@ def test_who_reads_keys_still_gets_them(llama, monkeypatch):
     reads = []
     real = HeldLayer.whole
     monkeypatch.setattr(HeldLayer, "whole", lambda self: reads.append(self.apart) or real(self))
-    for name, expected in (("streaming", 0), ("full", 0), ("snapkv", 0), ("h2o", 3), ("rolling", 3)):
-        cache = prefill(llama, presets.prompt(90), POLICIES[name]().stored(FORMATS["kivi4"])).cache
-        reads.clear()
-        continue_with(llama, cache, presets.prompt(1, seed=5))
-        assert sum(reads) == expected, name
+    tallied = {"h2o": (0, 3), "tova": (0, 3)}  # a row's probabilities come from attention itself, several rows' do not
+    silent, looking = dict.fromkeys(("streaming", "full", "snapkv"), (0, 0)), dict.fromkeys(("rolling", "keys"), (3, 3))
+    for name, expected in (silent | tallied | looking).items():
+        for store in ("kivi4", "mikv"):
+            if FORMATS[store].problem(POLICIES[name]()):
+                continue
+            cache = prefill(llama, presets.prompt(90), POLICIES[name]().stored(FORMATS[store])).cache
+            for rows, many in zip((1, 2), expected, strict=True):
+                reads.clear()
+                continue_with(llama, cache, presets.prompt(rows, seed=5))
+                assert sum(reads) == many, (name, store, rows)
+
+
+@pytest.mark.parametrize("form", ["reference", "torch"])
+@pytest.mark.parametrize("store", FORMATS)
+@pytest.mark.parametrize("holes", [False, True])
+def test_what_each_token_got_is_its_column_of_the_softmax(store, form, holes, generator, assert_close, monkeypatch):
+    monkeypatch.setattr(packed, "BLOCK", 32)
+    k, v = (torch.randn(2, 2, 77, 16, generator=generator) for _ in "kv")
+    q, fmt = torch.randn(2, 4, 1, 16, generator=generator), FORMATS[store]
+    seen = {"score": torch.rand(2, 2, 76, generator=generator), "query_peak": q.abs().amax(2)[:, :2]}
+    held = fmt.commit(None, k[:, :, :76], v[:, :, :76], **seen)
+    idx = torch.rand(2, 2, 77, generator=generator).topk(60, -1).indices.sort(-1).values if holes else None
+    score = torch.rand(2, 2, 60 if holes else 77, generator=generator)
+    held = fmt.commit(held, k[:, :, 76:], v[:, :, 76:], idx, score=score)
+    got = fmt.attend(q, held, scale=0.3, form=form, tally=True)
+    keys, values = fmt.read(held, torch.float32)
+    assert_close(got[:2], attend(q, keys, values, causal=False, scale=0.3, return_lse=True, form="reference"))
+    assert_close(got.score, column_mass(q, keys, group="none", scale=0.3, form="reference"))
+    assert_close(got.score.sum(-1), torch.ones(2, 4))
+
+
+def test_several_rows_are_not_tallied(generator):
+    k, v = (torch.randn(1, 2, 64, 16, generator=generator) for _ in "kv")
+    held = kivi(4, group=8, residual=16).commit(None, k, v)
+    with pytest.raises(ValueError, match="2 rows to tally.*a single row"):
+        kivi_attend(torch.randn(1, 4, 2, 16, generator=generator), held, tally=True)
 
 
 class Largest(TorchDispatchMode):

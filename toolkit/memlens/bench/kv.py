@@ -88,9 +88,7 @@ def _pressed(model: Any, ids: torch.Tensor, press: Any) -> Callable[[], object]:
 
 def _key_norm(state: LayerState, block: Block) -> LayerState:
     """A token is worth the more, the shorter its key: the score of kvpress's Knorm."""
-    return state._replace(
-        stream=extend(state.stream, nothing(block), pad=block.pad)._replace(score=-block.k.norm(dim=-1))
-    )
+    return state._replace(stream=extend(state.stream, nothing(block), pad=block.pad)._replace(score=-block.k.norm(dim=-1)))
 
 
 def _prefills() -> list[Case]:

@@ -169,7 +169,9 @@ class PolicyCache(Cache):
         """One layer's attention over what it holds, (B, H, n, D); then the policy observes, and evicts if it is time."""
         before, rows, mask = self.state[index], q.shape[2], None
         bias, layer = None if before is None else log_counts(before.stream, rows, q.shape[1]), self.layers[index]
-        if layer.apart and (pad is not None or bias is not None or self._policy.rolling or self._policy.reads(before)):
+        if layer.apart and (
+            pad is not None or bias is not None or self._policy.rolling or self._policy.reads(before, rows)
+        ):
             k, v = layer.whole()
         if pad is not None or self._policy.rolling:
             pos = positions(before.stream if before else stream(*k.shape[:2], device=k.device), rows, pad)

@@ -23,6 +23,7 @@ from torch import Tensor
 from memlens import check
 from memlens.attention.merge import Attended
 from memlens.kv import storage
+from memlens.kv.observe import Observed
 from memlens.kv.packed import packed_attend
 from memlens.kv.quantize import Packed, affine_quantize, dequantize, join, packed_bytes, read_at, take_rows
 from memlens.quant.core import container
@@ -85,8 +86,10 @@ class Kivi(NamedTuple):
     def read(self, held: KiviState, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return _read(held.k, dtype), _read(held.v, dtype)
 
-    def attend(self, q: Tensor, held: KiviState, *, scale: float | None = None, form: str = "auto") -> Attended:
-        return kivi_attend(q, held, scale=scale, form=form)
+    def attend(
+        self, q: Tensor, held: KiviState, *, scale: float | None = None, form: str = "auto", tally: bool = False
+    ) -> Attended | Observed:
+        return kivi_attend(q, held, scale=scale, form=form, tally=tally)
 
     def parts(self, held: KiviState) -> dict[str, list[Tensor]]:
         k, v = held.k, held.v
@@ -150,7 +153,9 @@ def kivi_read(state: KiviState, dtype: torch.dtype = torch.float32) -> tuple[Ten
     return Kivi(*state.rules).read(state, dtype)
 
 
-def kivi_attend(q: Tensor, state: KiviState, *, scale: float | None = None, form: str = "auto") -> Attended:
+def kivi_attend(
+    q: Tensor, state: KiviState, *, scale: float | None = None, form: str = "auto", tally: bool = False
+) -> Attended | Observed:
     """Attention of q (B, H, n, D) to every token of the state: (out, lse), see `memlens.attention.attend`.
 
     Tokens whose keys and values are both packed are attended to as they are; the newest, whose values are plain, have
@@ -159,12 +164,13 @@ def kivi_attend(q: Tensor, state: KiviState, *, scale: float | None = None, form
     Args:
         form: "reference" reads everything and attends once; "torch" dequantises a block of tokens at a time; "triton"
             dequantises in registers.
+        tally: for a single row, say too what each token got, as `memlens.kv.packed.packed_attend` does.
     Raises:
         ValueError: head counts or dims that disagree, or a grouping that the kernel does not take with form="triton".
     """
     k, v = state.k, state.v
     if k.packed is None or v.packed is None or state.rules[1].axis != -1 or form == "reference":
-        return storage.attend_all(Kivi(*state.rules), q, state, scale=scale, form=form)
+        return storage.attend_all(Kivi(*state.rules), q, state, scale=scale, form=form, tally=tally)
     both, rank = v.packed.shape[2], _rank(k)
     if rank is None and both > k.packed.shape[2]:
         both = k.packed.shape[2]
@@ -172,7 +178,7 @@ def kivi_attend(q: Tensor, state: KiviState, *, scale: float | None = None, form
     values = v.tail if newest.shape[-1] == v.tail.shape[2] else _read_at(v, newest, q.dtype)
     return packed_attend(
         q, k.packed, v.packed, tokens=both, rank=rank, rest=(_read_at(k, newest, q.dtype), values.to(q.dtype)), scale=scale,
-        form=form,
+        form=form, tally=tally,
     )  # fmt: skip
 
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from memlens import check
-from memlens.attention.exact import attend
 from memlens.attention.merge import Attended, merge_many
 from memlens.kv import storage
+from memlens.kv.observe import Observed, attend_alive, merge_observed
 from memlens.kv.packed import packed_attend
 from memlens.kv.quantize import Packed, affine_quantize, dequantize, join, packed_bytes, take_rows
 from memlens.kv.select import complement, topk_keep
@@ -125,15 +125,18 @@ class Mixed(NamedTuple):
         k, v = (_merged(*pair, held.important, dtype) for pair in zip(held.high, held.low, strict=True))
         return (k if held.balance is None else (k.float() / held.balance[:, :, None]).to(dtype)), v
 
-    def attend(self, q: Tensor, held: MixedState, *, scale: float | None = None, form: str = "auto") -> Attended:
+    def attend(
+        self, q: Tensor, held: MixedState, *, scale: float | None = None, form: str = "auto", tally: bool = False
+    ) -> Attended | Observed:
         """Both tiers as they are stored, under one softmax; see `memlens.kv.packed.packed_attend`."""
         if form == "reference":
-            return storage.attend_all(self, q, held, scale=scale, form=form)
+            return storage.attend_all(self, q, held, scale=scale, form=form, tally=tally)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         if held.balance is not None:
             q = (q.float() / held.balance.repeat_interleave(q.shape[1] // held.balance.shape[1], 1)[:, :, None]).to(q.dtype)
-        parts = [_attend_tier(q, *side, scale, form) for side in (held.high, held.low) if _width(side[0])]
-        return merge_many(parts)
+        options = {"scale": scale, "form": form, "tally": tally}
+        parts = [_attend_tier(q, *side, **options) for side in (held.high, held.low) if _width(side[0])]
+        return _by_age(merge_observed(parts), held.important) if tally else merge_many(parts)
 
     def parts(self, held: MixedState) -> dict[str, list[Tensor]]:
         found = storage.by_part(*held.high, *held.low, indices=(held.important,))
@@ -251,10 +254,15 @@ def _lower(upper: Rows, lower: Rows | None, place: Tensor, is_high: Tensor, at: 
     return _rows(whole, source)
 
 
-def _attend_tier(q: Tensor, k: Rows, v: Rows, scale: float, form: str) -> Attended:
-    if isinstance(k, Packed):
-        return packed_attend(q, k, v, scale=scale, form=form)
-    return attend(q, k, v, causal=False, scale=scale, return_lse=True, form=form)
+def _attend_tier(q: Tensor, k: Rows, v: Rows, **options) -> Attended | Observed:
+    return (packed_attend if isinstance(k, Packed) else attend_alive)(q, k, v, **options)
+
+
+def _by_age(found: Observed, important: Tensor) -> Observed:
+    """Scores (B, H, tokens) of the important tokens and then the others, put in the order of age."""
+    others = complement(important.long(), found.score.shape[-1])
+    place = torch.cat((important.long(), others), -1).repeat_interleave(found.score.shape[1] // important.shape[1], 1)
+    return found._replace(score=torch.empty_like(found.score).scatter_(-1, place, found.score))
 
 
 def _tier(x: Rows, bits: int, group: int) -> Rows:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from memlens import backend, check
 from memlens.attention.exact import attend
-from memlens.attention.merge import merge_many
+from memlens.attention.merge import Attended, merge_many
 from memlens.kv.score import GROUPS, column_mass, group_heads
 
-__all__ = ["Observed", "decode_observe"]
+__all__ = ["Observed", "attend_alive", "decode_observe", "merge_observed"]
 
 
 class Observed(NamedTuple):
@@ -63,6 +64,28 @@ def decode_observe(
         check.fail(op, why, "what the kernel takes", "use form='torch'")
     run = _FORMS[backend.choose(op, form, q, k, v, kernel=not why)]
     return run(q, k, v, score, group, alive, q.shape[-1] ** -0.5 if scale is None else float(scale))
+
+
+def merge_observed(parts: Sequence[Observed]) -> Observed:
+    """One row's attention over disjoint key sets; the scores (B, H, L), of `group="none"`, are laid end to end.
+
+    A key's probability shrinks by exp(lse of its part - lse of all), as its part's output does in `merge_many`.
+    """
+    out, lse = merge_many([part[:2] for part in parts])
+    shift = lse.masked_fill(lse == -torch.inf, 0.0)
+    return Observed(out, lse, torch.cat([part.score * (part.lse - shift).exp() for part in parts], -1))
+
+
+def attend_alive(
+    q: Tensor, k: Tensor, v: Tensor, *, alive: Tensor | None = None, scale: float | None = None, form: str = "auto",
+    tally: bool = False,
+) -> Attended | Observed:  # fmt: skip
+    """Every row of q on every key that is alive, (B, Hkv, L); with `tally` a single row, and what each key got by head."""
+    if tally and k.shape[2]:
+        return decode_observe(q, k, v, group="none", alive=alive, scale=scale, form=form)
+    mask = None if alive is None else alive.repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None]
+    found = attend(q, k, v, causal=False, mask=mask, scale=scale, return_lse=True, form=form)
+    return Observed(*found, found.lse.new_zeros(*q.shape[:2], 0)) if tally else found
 
 
 def _problem(q: Tensor, v: Tensor, kv_heads: int) -> str:

@@ -126,9 +126,9 @@ class Policy(NamedTuple):
         """Whether its score tells tokens apart."""
         return self.score is not no_score
 
-    def reads(self, state: LayerState | None) -> bool:
-        """Whether observing a block now reads its keys; a policy that is done does not."""
-        return self.looks and not (state is not None and state.done)
+    def reads(self, state: LayerState | None, rows: int) -> bool:
+        """Whether observing a block of `rows` now reads its keys; a policy that is done, or tallies one row, does not."""
+        return self.looks and not (state is not None and state.done) and not (self.tallies and rows == 1)
 
     def stored(self, store: Storage) -> Policy:
         """The same choice, held in a format of `memlens.kv.storage`: `snapkv(128).stored(kivi(bits=4))`.

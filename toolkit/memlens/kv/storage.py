@@ -16,7 +16,7 @@ part of what they hold.
 A format may also have `rows` (how many of the prompt's newest queries its first `commit` wants, as `query_rows` beside
 `pad`), `waits` (it takes a prompt that comes in parts as a whole) and `retrieve` (its own attention, from the second forward on).
 It may be `in_place`: its `attend` copies little of what it holds, and a model decodes through it under every policy whose score
-reads no keys.
+reads no keys, or is made of a row's probabilities, which `attend` then gives too (`tally`).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from memlens import check
-from memlens.attention.exact import attend
 from memlens.attention.merge import Attended
+from memlens.kv.observe import Observed, attend_alive
 from memlens.kv.quantize import Packed
 
 if TYPE_CHECKING:
@@ -156,10 +156,11 @@ def query_peak(q: Tensor, kv_heads: int) -> Tensor:
     return q.abs().amax(2).unflatten(1, (kv_heads, -1)).amax(2)
 
 
-def attend_all(store: Storage, q: Tensor, held: Any, *, scale: float | None, form: str = "auto") -> Attended:
+def attend_all(
+    store: Storage, q: Tensor, held: Any, *, scale: float | None, form: str = "auto", tally: bool = False
+) -> Attended | Observed:
     """`Storage.attend` by way of `read`: one layer's keys and values are dequantised for as long as the call lasts."""
-    k, v = store.read(held, q.dtype)
-    return attend(q, k, v, causal=False, scale=scale, return_lse=True, form=form)
+    return attend_alive(q, *store.read(held, q.dtype), scale=scale, form=form, tally=tally)
 
 
 def by_part(*values: Tensor | Packed | None, **others: Iterable[Tensor | None]) -> dict[str, list[Tensor]]:

@@ -11,7 +11,7 @@ from transformers import CacheLayerMixin
 from memlens import check
 from memlens.attention.exact import attend
 from memlens.attention.merge import merge
-from memlens.kv.observe import decode_observe
+from memlens.kv.observe import decode_observe, merge_observed
 from memlens.kv.select import gather_kv
 from memlens.kv.storage import Storage, changed, query_peak
 
@@ -95,6 +95,9 @@ class HeldLayer(CacheLayerMixin):
 
         mass (B, H, L) is what each key got from a single row, where `tally` asks for it and it costs no second product.
         """
+        if self.apart and tally and q.shape[2] == 1:
+            new = decode_observe(q, k, v, group="none", scale=scale)
+            return merge_observed([self.store.attend(q, self.stored, scale=scale, tally=True), new])
         if self.apart:
             new = attend(q, k, v, scale=scale, return_lse=True)
             return *merge(*self.store.attend(q, self.stored, scale=scale), *new), None
