@@ -25,13 +25,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
 from memlens import check
 from memlens.attention.rope import shift
-from memlens.kv.listen import listening
+from memlens.kv.listen import frequencies, listening
 from memlens.kv.merge import log_counts
 from memlens.kv.policies import LayerState, Policy, full
 from memlens.kv.select import positions, stream
 from memlens.kv.storage import gathered
 from memlens.kv.store import HeldLayer, refuse
-from memlens.models.hooks import rotary_frequencies
 
 __all__ = ["PolicyCache"]
 
@@ -47,19 +46,21 @@ class PolicyCache(Cache):
         policy: a preset of `memlens.kv.policies`; `full()` keeps everything.
         hold_until: nothing is evicted before this many tokens have been seen: the length of a prompt that arrives in
             parts. A policy that compresses once does so when it is reached.
+        undo: a forward that is cut short leaves the cache, once `on` is left, as it was before; what each layer held then
+            lives until the last layer is done. False frees it layer by layer, and such a cut spoils the cache.
     """
 
-    def __init__(self, config: Any, policy: Policy | None = None, *, hold_until: int = 0):
+    def __init__(self, config: Any, policy: Policy | None = None, *, hold_until: int = 0, undo: bool = True):
         text = config.get_text_config()
         self._policy, self._shape, self.hold_until = policy or full(), _shape(text), hold_until
         super().__init__(layers=[HeldLayer(self._policy.storage(index)) for index in range(text.num_hidden_layers)])
         self.state: tuple[LayerState | None, ...] = self._policy.init(text)
-        self._inv_freq: Tensor | None = None
-        self._scale: float | None = None
+        self._inv_freq = self._scale = None  # the model's rotary frequencies, and the scale of its scores
         self._queries: list[list[Tensor]] | None = None
         self._model: weakref.ref | None = None  # whose keys these are
+        self._undo, self._last = undo, None  # the cache as the last whole forward left it, while another is under way
         self.last_logits: Tensor | None = None  # (B, V), for a policy that hears: of the newest token
-        self.peak_bytes = 0  # most that the layers held at once, both forms of the one that was being stored included
+        self.peak_bytes = 0  # most that was held at once: a layer being stored in both forms, and what `undo` needs
 
     @property
     def policy(self) -> Policy:
@@ -98,10 +99,11 @@ class PolicyCache(Cache):
         """Called by the model for each layer: the new keys and values go in, all that are held come out."""
         if _active.get() is not self:
             refuse("a forward outside of the cache's context", "call the model inside `with cache.on(model):`")
-        if layer_idx == 0 and len({layer.seen for layer in self.layers}) > 1:
-            refuse("layers out of step (a forward was cut short)", "reset() the cache, or go on from an earlier fork()")
+        if layer_idx == 0 and (self._last is not None or len({layer.seen for layer in self.layers}) > 1):
+            refuse("layers out of step (a forward was cut short)", "leave `on`, reset(), or go on from an earlier fork()")
         if layer_idx == 0 and self.layers[0].seen + key_states.shape[-2] >= self.hold_until:
             self._policy.fits(self.state, key_states.shape[-2])
+        self._last = self.fork() if layer_idx == 0 and self._undo else self._last
         return super().update(key_states, value_states, layer_idx)
 
     def record(self, on: bool = True) -> list[list[Tensor]]:
@@ -125,7 +127,7 @@ class PolicyCache(Cache):
     def fork(self, *, hold_until: int | None = None) -> PolicyCache:
         """Another cache with the same contents; neither sees what the other gets later. Nothing is copied."""
         twin = copy(self)
-        twin.layers, twin._queries = [copy(layer) for layer in self.layers], None
+        twin.layers, twin._queries, twin._last = [copy(layer) for layer in self.layers], None, None
         twin.hold_until = self.hold_until if hold_until is None else hold_until
         return twin
 
@@ -140,6 +142,7 @@ class PolicyCache(Cache):
         """An empty cache under the same policy."""
         super().reset()
         self.state, self.last_logits, self._model = self._policy.init(layers=len(self.layers)), None, None
+        self._last = None
 
     @contextmanager
     def on(self, model: Any) -> Iterator[PolicyCache]:
@@ -152,7 +155,7 @@ class PolicyCache(Cache):
             check.fail("PolicyCache", f"a model of (layers, kv heads, dim) {shape}", f"{self._shape}", "a new cache")
         if self._model is not None and self._model() is not model and self.get_seq_length():
             check.fail("PolicyCache", "another model", "the one whose keys are held", "reset(), or a new cache")
-        self._inv_freq, self._model = _frequencies(model, self._policy), weakref.ref(model)
+        self._inv_freq, self._model = frequencies(model, self._policy), weakref.ref(model)
         AttentionInterface.register(NAME, _attention)
         AttentionMaskInterface.register(NAME, _padding)
         before = model.config._attn_implementation
@@ -164,16 +167,16 @@ class PolicyCache(Cache):
         finally:
             _active.reset(token)
             model.set_attn_implementation(before)
+            self.__dict__.update({} if self._last is None else vars(self._last))  # a forward was cut short
 
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, pad: Tensor | None) -> Tensor:
         """One layer's attention over what it holds, (B, H, n, D); then the policy observes, and evicts if it is time."""
         before, rows, mask = self.state[index], q.shape[2], None
         bias, layer = None if before is None else log_counts(before.stream, rows, q.shape[1]), self.layers[index]
-        if layer.apart and (
-            pad is not None or bias is not None or self._policy.rolling or self._policy.reads(before, rows)
-        ):
+        placed = pad is not None or self._policy.rolling  # where the keys stand matters
+        if layer.apart and (placed or bias is not None or self._policy.reads(before, rows)):
             k, v = layer.whole()
-        if pad is not None or self._policy.rolling:
+        if placed:
             pos = positions(before.stream if before else stream(*k.shape[:2], device=k.device), rows, pad)
             mask = None if pad is None else (pos >= 0).repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None]
             if self._policy.rolling:
@@ -187,6 +190,8 @@ class PolicyCache(Cache):
         self.observe(index, q, k, lse=lse, mass=mass, pad=pad, scale=scale)
         if layer.seen >= self.hold_until and not self._policy.hears:
             self.evict(index)
+        if index == len(self.layers) - 1 and not self._policy.hears:
+            self._last = None
         return out
 
     def hear(self, surprise: Tensor, last_logits: Tensor) -> None:
@@ -194,6 +199,7 @@ class PolicyCache(Cache):
         self.state, self.last_logits = self._policy.hear(self.state, surprise), last_logits.clone()
         for index in range(len(self.layers) if self.layers[0].seen >= self.hold_until else 0):
             self.evict(index)
+        self._last = None
 
     def observe(self, index: int, q: Tensor, k: Tensor, **seen: Any) -> None:
         """Show the policy the rows q (B, H, n, D) of a layer, whose keys are the last n of k."""
@@ -208,21 +214,14 @@ class PolicyCache(Cache):
         idx = self._policy.plan(self.state, index, layer.held)
         self.state, merged = self._policy.fold(self.state, index, layer.keys, layer.values, idx, self._inv_freq)
         self.state = self._policy.took(self.state, index, idx)
-        others = sum(other.settled for other in self.layers if other is not layer)
+        old = () if self._last is None else self._last.layers[: index + 1]
+        others = sum(other.settled for other in (*self.layers, *old) if other is not layer)
         self.peak_bytes = max(self.peak_bytes, others + layer.settle(idx, self.state[index].stream.score, merged))
 
 
 def _shape(text_config: Any) -> tuple[int, int, int]:
     dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     return text_config.num_hidden_layers, text_config.num_key_value_heads, dim
-
-
-def _frequencies(model: Any, policy: Policy) -> Tensor | None:
-    found = rotary_frequencies(model)
-    if found is None and (policy.rolling or (policy.merge and policy.merge.keys == "pre_rope")):
-        fix = "use rolling=False, and keys='post_rope' or 'none' in a merge"
-        check.fail("PolicyCache", f"{policy.name}, which turns keys", "a model with one rotary table over whole heads", fix)
-    return found
 
 
 def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, scaling=None, **options: Any):

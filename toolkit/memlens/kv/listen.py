@@ -1,4 +1,4 @@
-"""What a policy needs beside attention: the logits that the model makes anyway, from which each token's surprisal follows.
+"""What a policy needs from a model beside attention: its rotary frequencies, and the logits, for each token's surprisal.
 
 A policy that `hears` evicts after the forward instead of after each layer: a token's surprisal is known only then.
 """
@@ -9,13 +9,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from memlens import check
 from memlens.kv.score import surprisal
 from memlens.kv.store import refuse
+from memlens.models.hooks import rotary_frequencies
 
 if TYPE_CHECKING:
     from memlens.kv.adapter import PolicyCache
+    from memlens.kv.policies import Policy
 
-__all__ = ["listening"]
+__all__ = ["frequencies", "listening"]
+
+
+def frequencies(model: Any, policy: Policy) -> Tensor | None:
+    """The model's rotary frequencies, (D / 2,); None where it has none and the policy asks for none.
+
+    Raises:
+        ValueError: a policy that turns keys, and a model without one rotary table over whole heads.
+    """
+    found = rotary_frequencies(model)
+    if found is None and (policy.rolling or (policy.merge and policy.merge.keys == "pre_rope")):
+        fix = "use rolling=False, and keys='post_rope' or 'none' in a merge"
+        check.fail("PolicyCache", f"{policy.name}, which turns keys", "a model with one rotary table over whole heads", fix)
+    return found
 
 
 @contextmanager
