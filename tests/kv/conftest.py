@@ -42,8 +42,11 @@ def dense_under_keep_mask(model, cache, parts):
             stop = start + part.shape[1]
             for layer in range(layers):
                 if start:
-                    held = cache.positions(layer).long()[:, :, None].expand(-1, -1, stop - start, -1)
-                    keep[layer, :, :, start:stop].scatter_(-1, held, True)
+                    held = cache.positions(layer)  # (B, Hkv, held), or one (B, held) for each head of a split
+                    for head, pos in enumerate(held if isinstance(held, list) else held.unbind(1)):
+                        keep[layer, :, head, start:stop].scatter_(
+                            -1, pos.long()[:, None].expand(-1, stop - start, -1), True
+                        )
                 keep[layer, :, :, start:stop, start:stop] = True
             if stop > cache.get_seq_length():
                 with cache.on(model):

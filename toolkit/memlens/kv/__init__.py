@@ -15,11 +15,13 @@ _HOMES = {
     "Policy": "policies", "full": "policies", "h2o": "policies", "random_keep": "policies", "snapkv": "policies",
     "streaming": "policies", "tova": "policies", "scissorhands": "policies", "keyformer": "policies", "sirllm": "policies",
     "advise": "advice",
+    "by_head": "head_split",
     "PolicyCache": "cache", "compress": "cache", "continue_with": "cache", "prefill": "cache", "stream_eval": "cache",
 }  # fmt: skip
 _MODULES = (
-    "adapter", "advice", "budget", "cache", "channels", "d2o", "elastic", "kivi", "ksort", "locret", "lowrank", "merge", "mikv",
-    "observe", "packed", "plan", "policies", "policy", "prefixkv", "quantize", "retrieval", "score", "select", "storage", "store",
+    "adapter", "advice", "budget", "cache", "channels", "d2o", "elastic", "head_split", "kivi", "ksort", "locret", "lowrank", "merge",
+    "mikv", "observe",
+    "packed", "plan", "policies", "policy", "prefixkv", "quantize", "retrieval", "score", "select", "storage", "store",
     "think",
 )  # fmt: skip
 __all__, __getattr__, __dir__ = attach(__name__, _HOMES, _MODULES)

@@ -25,7 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
 from memlens import check
 from memlens.attention.rope import shift
-from memlens.kv.listen import frequencies, listening
+from memlens.kv.listen import frequencies, listening, shape_of
 from memlens.kv.merge import log_counts
 from memlens.kv.policies import LayerState, Policy, full
 from memlens.kv.select import positions, stream
@@ -52,7 +52,7 @@ class PolicyCache(Cache):
 
     def __init__(self, config: Any, policy: Policy | None = None, *, hold_until: int = 0, undo: bool = True):
         text = config.get_text_config()
-        self._policy, self._shape, self.hold_until = policy or full(), _shape(text), hold_until
+        self._policy, self._shape, self.hold_until = policy or full(), shape_of(text), hold_until
         super().__init__(layers=[HeldLayer(self._policy.storage(index)) for index in range(text.num_hidden_layers)])
         self.state: tuple[LayerState | None, ...] = self._policy.init(text)
         self._inv_freq = self._scale = None  # the model's rotary frequencies, and the scale of its scores
@@ -120,6 +120,8 @@ class PolicyCache(Cache):
         pad = (self.positions(0)[:, 0] < 0).sum(-1)
         for index, layer in enumerate(twin.layers):
             layer.store = policy.storage(index)
+            if layer.keys is None:  # a group of heads that has none here
+                continue
             twin.observe(index, queries[index], layer.keys, pad=pad if bool(pad.any()) else None, scale=self._scale)
             twin.evict(index)
         return twin
@@ -151,7 +153,7 @@ class PolicyCache(Cache):
         Raises:
             ValueError: another model or another shape, or a rolling policy on a model without plain rotary positions.
         """
-        if (shape := _shape(model.config.get_text_config())) != self._shape:
+        if (shape := shape_of(model.config.get_text_config())) != self._shape:
             check.fail("PolicyCache", f"a model of (layers, kv heads, dim) {shape}", f"{self._shape}", "a new cache")
         if self._model is not None and self._model() is not model and self.get_seq_length():
             check.fail("PolicyCache", "another model", "the one whose keys are held", "reset(), or a new cache")
@@ -217,11 +219,6 @@ class PolicyCache(Cache):
         old = () if self._last is None else self._last.layers[: index + 1]
         others = sum(other.settled for other in (*self.layers, *old) if other is not layer)
         self.peak_bytes = max(self.peak_bytes, others + layer.settle(idx, self.state[index].stream.score, merged))
-
-
-def _shape(text_config: Any) -> tuple[int, int, int]:
-    dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    return text_config.num_hidden_layers, text_config.num_key_value_heads, dim
 
 
 def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, scaling=None, **options: Any):

@@ -63,7 +63,7 @@ def tokens(*, length: int, ratio: float | None = None, nbytes: int | None = None
 class Achieved(NamedTuple):
     """What a cache really keeps, in the three views of a budget."""
 
-    tokens: tuple[int, ...]  # in every kv head of each layer
+    tokens: tuple[float, ...]  # in every kv head of each layer; their mean where a split gives heads different numbers
     ratio: float  # of the tokens seen, mean over layers
     nbytes: int  # of keys, values, positions and scores, over all layers, heads and rows; as held, not as computed
 
@@ -77,7 +77,7 @@ def achieved(cache: PolicyCache) -> Achieved:
         ValueError: a cache that has seen no token.
     """
     check.at_least("achieved", 1, "run a prompt through the cache first", tokens_seen=cache.get_seq_length())
-    held = tuple(cache.held)
+    held = tuple(sum(of) / len(of) if isinstance(of, list) else of for of in cache.held)
     parts = {part: size for part, size in cache.nbytes().items() if part != "memory"}
     return Achieved(held, sum(held) / len(held) / cache.get_seq_length(), sum(parts.values()))
 

@@ -16,11 +16,15 @@ from torch import Tensor
 
 from memlens import check
 from memlens.kv.adapter import PolicyCache
+from memlens.kv.head_split import HeadSplit, HeadSplitCache, cache_for
 from memlens.kv.policies import Policy, full
 from memlens.kv.shared import share_prefix
 from memlens.kv.store import HeldLayer
 
-__all__ = ["HeldLayer", "PolicyCache", "Prefilled", "compress", "continue_with", "prefill", "share_prefix", "stream_eval"]
+__all__ = [
+    "HeadSplitCache", "HeldLayer", "PolicyCache", "Prefilled", "compress", "continue_with", "prefill", "share_prefix",
+    "stream_eval",
+]  # fmt: skip
 
 
 class Prefilled(NamedTuple):
@@ -31,7 +35,7 @@ class Prefilled(NamedTuple):
 
 @torch.no_grad()
 def prefill(
-    model: Any, ids: Tensor, policy: Policy | None = None, chunk: int | None = None, *, mask: Tensor | None = None,
+    model: Any, ids: Tensor, policy: Policy | HeadSplit | None = None, chunk: int | None = None, *, mask: Tensor | None = None,
     keep_queries: bool = False,
 ) -> Prefilled:  # fmt: skip
     """Run a prompt through the model into a cache under `policy` (default: keep everything).
@@ -47,8 +51,7 @@ def prefill(
     """
     _check_ids("prefill", ids, chunk)
     policy = policy or full()
-    whole = policy.when == "prompt" or getattr(policy.store, "waits", False)
-    cache = PolicyCache(model.config, policy, hold_until=ids.shape[1] if whole else 0)
+    cache = cache_for(model.config, policy, ids.shape[1])
     recorded = cache.record() if keep_queries else None
     with cache.on(model):
         for part in ids.split(chunk or ids.shape[1], 1):
@@ -81,7 +84,7 @@ def stream_eval(model: Any, ids: Tensor, policy: Policy | None = None, chunk: in
     """
     _check_ids("stream_eval", ids, chunk)
     check.within("stream_eval", 0, ids.shape[1] - 1, start=start)
-    cache = PolicyCache(model.config, policy)
+    cache = cache_for(model.config, policy or full())
     with cache.on(model):
         return torch.cat(list(_stream(model, cache, ids, chunk, start)), 1)
 
@@ -96,7 +99,7 @@ def _stream(model: Any, cache: PolicyCache, ids: Tensor, chunk: int, start: int)
 
 
 @torch.no_grad()
-def compress(filled: Prefilled, policy: Policy) -> PolicyCache:
+def compress(filled: Prefilled, policy: Policy | HeadSplit) -> PolicyCache:
     """A cache under `policy` from a prompt that was prefilled in full with keep_queries=True.
 
     It holds what `prefill(model, ids, policy)` holds: there too a layer evicts only after it has seen the prompt.
@@ -107,6 +110,8 @@ def compress(filled: Prefilled, policy: Policy) -> PolicyCache:
     old = filled.cache
     if filled.queries is None or any(layer.keys is None or layer.held != layer.seen for layer in old.layers):
         check.fail("compress", "a prefill without queries or with tokens missing", "prefill(model, ids, keep_queries=True)")
+    if isinstance(policy, HeadSplit):
+        return HeadSplitCache.split(old, policy, filled.queries)
     return old.under(policy, filled.queries)
 
 

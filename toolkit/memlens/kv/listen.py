@@ -1,4 +1,4 @@
-"""What a policy needs from a model beside attention: its rotary frequencies, and the logits, for each token's surprisal.
+"""What a policy needs from a model beside attention: its shape and rotary frequencies, and the logits, for each token's surprisal.
 
 A policy that `hears` evicts after the forward instead of after each layer: a token's surprisal is known only then.
 """
@@ -20,7 +20,13 @@ if TYPE_CHECKING:
     from memlens.kv.adapter import PolicyCache
     from memlens.kv.policies import Policy
 
-__all__ = ["frequencies", "listening"]
+__all__ = ["frequencies", "listening", "shape_of"]
+
+
+def shape_of(text_config: Any) -> tuple[int, int, int]:
+    """(layers, kv heads, dim of a head)."""
+    dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    return text_config.num_hidden_layers, text_config.num_key_value_heads, dim
 
 
 def frequencies(model: Any, policy: Policy) -> Tensor | None:

@@ -79,7 +79,7 @@ def locret(
     """
     check.at_least("locret", 1, budget=budget, until=1 if until is None else until)
     check.within("locret", 0, budget, stabilizers=stabilizers, sinks=sinks, both=stabilizers + sinks)
-    return Policy("locret", partial(retained, heads=heads), budget, first=sinks, last=stabilizers, until=until)
+    return Policy("locret", partial(retained, heads=heads), budget, first=sinks, last=stabilizers, until=until, joint=True)
 
 
 def retained(state: LayerState, block: Block, *, heads: RetainingHeads) -> LayerState:

@@ -73,6 +73,7 @@ class Policy(NamedTuple):
     )
     until: int | None = None  # tokens seen when it evicts for the last time, then without `last`; None: it goes on
     looks: bool = True  # its score reads queries, keys or values; False: positions, draws and what it hears are enough
+    joint: bool = False  # its score needs all kv heads of a layer at once
     tallies: bool = False  # its score is made of rows' probabilities: a single row's are taken from attention itself
     distance: int | None = None  # after the prompt the token at index (held then) + distance goes, whatever its score
 

@@ -131,7 +131,8 @@ def unpack(words: Tensor, bits: int, axis: int, length: int) -> Tensor:
     """The first `length` codes along `axis` of int32 words, uint8; the inverse of `pack`."""
     check.one_of("unpack", map(str, AXES), axis=str(axis))
     rows = words.transpose(-1, -2).contiguous() if axis == -2 else words.contiguous()
-    codes = core.unpack(rows.view(torch.uint8), bits, length)
+    octets = rows.flatten().view(torch.uint8)  # flat: the stride of an axis of one is anything
+    codes = core.unpack(octets.view(*rows.shape[:-1], 4 * rows.shape[-1]), bits, length)
     return codes.transpose(-1, -2) if axis == -2 else codes
 
 
