@@ -176,6 +176,8 @@ def test_bad_splits_are_refused(llama):
             by_head(MARKS, full(), each)
     with pytest.raises(ValueError, match=r"marks of shape \(2, 2\); expected \(layers, kv heads\) = \(3, 2\)"):
         prefill(llama, prompt(5), by_head(MARKS[:2], full(), full()))
+    with pytest.raises(ValueError, match=r"marks of shape \(2, 2\)"):
+        compress(prefill(llama, prompt(5), keep_queries=True), by_head(MARKS[:2], full(), full()))
     with pytest.raises(ValueError, match="queries to be kept"):
         prefill(llama, prompt(5), SPLITS["duo"](), keep_queries=True)
     other = tiny()

@@ -54,6 +54,12 @@ class HeadSplit(NamedTuple):
         merges = (policy.merge for _, policy in self.groups)
         return next((merge for merge in merges if merge is not None and merge.keys == "pre_rope"), None)
 
+    def suits(self, shape: tuple[int, int, int]) -> None:
+        """Refuse a model of another number of layers or kv heads."""
+        if tuple(self.heads.shape) != shape[:2]:
+            came = f"marks of shape {tuple(self.heads.shape)}"
+            check.fail("by_head", came, f"(layers, kv heads) = {shape[:2]}", "one mark for each head of the model")
+
     def fits(self, state: tuple, new: int, *, padded: bool = False) -> None:
         for _, policy in self.groups:
             policy.fits(state, new, padded=padded)
@@ -121,9 +127,7 @@ class HeadSplitCache(PolicyCache):
 
     def __init__(self, config: Any, policy: HeadSplit, *, prompt: int = 0, undo: bool = True):
         super().__init__(config, undo=undo)
-        if tuple(policy.heads.shape) != self._shape[:2]:
-            came = f"marks of shape {tuple(policy.heads.shape)}"
-            check.fail("HeadSplitCache", came, f"(layers, kv heads) = {self._shape[:2]}", "one mark for each head")
+        policy.suits(self._shape)
         self._policy = policy
         self._stand_on([cache_for(config, each, prompt, undo=False) for _, each in policy.groups])
         self.hold_until = max(group.hold_until for group in self.groups)
@@ -139,6 +143,7 @@ class HeadSplitCache(PolicyCache):
     @classmethod
     def split(cls, cache: PolicyCache, policy: HeadSplit, queries: list[Tensor]) -> HeadSplitCache:
         """What `PolicyCache.under` does, group by group: a full cache and its queries shown to both policies."""
+        policy.suits(cache._shape)
         twin, groups = object.__new__(cls), []
         for marks, each in policy.groups:
             part = cache.fork()
@@ -189,7 +194,10 @@ class HeadSplitCache(PolicyCache):
                 out[:, rows] = group.attend(index, q[:, rows], part.keys, part.values, scale, pad)
         layer = self.layers[index]
         layer.keys = layer.values = None
-        self._scale, self.peak_bytes = scale, max(self.peak_bytes, sum(group.peak_bytes for group in self.groups))
+        old = () if self._last is None else self._last.groups
+        kept_for_undo = sum(layer.settled for group in old for layer in group.layers[: index + 1])
+        self._scale = scale
+        self.peak_bytes = max(self.peak_bytes, kept_for_undo + sum(group.peak_bytes for group in self.groups))
         if index == len(self.layers) - 1:
             self._last = None
         return out
