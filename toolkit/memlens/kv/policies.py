@@ -7,8 +7,12 @@
     state, kept = policy.fold(state, layer, k, v, idx, inv_freq)     # kept k and v with the others merged in, or None
     state = policy.took(state, layer, idx)                           # once k and v were gathered at idx
 
-Two policies that differ by a score differ by a score: `h2o(51, 51)._replace(first=4)` is H2O with four sinks. The cache in
-`memlens.kv.cache` runs this protocol inside a model.
+Two policies that differ by a score differ by a score: `h2o(51, 51)._replace(first=4)` is H2O with four sinks. They compose:
+
+    snapkv(128).stored(kivi(4))                                      with a way to hold what stays (`memlens.kv.storage`)
+    by_head(retrieval, mikv(0.2), streaming(68))                     with another policy for the other heads (`memlens.kv.head_split`)
+
+The cache in `memlens.kv.cache` runs this protocol inside a model.
 """
 
 from __future__ import annotations
