@@ -232,7 +232,21 @@ def test_a_generate_that_is_interrupted_between_tokens_leaves_a_cache_that_goes_
     unharmed(llama, cache, loop, assert_close)
 
 
-@pytest.mark.parametrize("where", [0, 1, 2])
+def cut(model, layer, cache):
+    """A `generate` of two new tokens and more that is stopped right after a layer's attention."""
+    projection = model.model.layers[layer].self_attn.o_proj
+    forward = projection.forward
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    projection.forward = stop
+    with pytest.raises(KeyboardInterrupt), cache.on(model):
+        model.generate(torch.cat((prompt(LENGTH), prompt(2, seed=8)), 1), past_key_values=cache, max_new_tokens=3)
+    projection.forward = forward
+
+
+@pytest.mark.parametrize("where", [0, 1])
 @pytest.mark.parametrize("store", ["none", "kivi", "mikv"])
 @pytest.mark.parametrize("name", ["h2o", "snapkv", "sirllm", "d2o", "elastic"])
 def test_a_forward_that_is_cut_short_is_undone(name, store, where, llama, assert_close):
@@ -243,22 +257,19 @@ def test_a_forward_that_is_cut_short_is_undone(name, store, where, llama, assert
             pytest.skip("a pair that is refused")
         policy = policy.stored(stores[store])
     cache, fresh = (prefill(llama, prompt(LENGTH), policy).cache for _ in range(2))
-    longer = torch.cat((prompt(LENGTH), prompt(2, seed=8)), 1)
-    projection = llama.model.layers[where].self_attn.o_proj
-    forward = projection.forward
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    for _ in range(2):  # and once more: what was undone can be undone again
-        projection.forward = stop
-        with pytest.raises(KeyboardInterrupt), cache.on(llama):
-            llama.generate(longer, past_key_values=cache, max_new_tokens=3)
-        projection.forward = forward
-        assert cache.get_seq_length() == LENGTH + (2 if where == 2 and not policy.hears else 0)
-        if where == 2 and not policy.hears:
-            return  # the last layer's attention was done: the forward counts
+    for _ in range(2):  # what was undone can be undone again
+        cut(llama, where, cache)
     unharmed(llama, cache, fresh, assert_close)
+
+
+def test_a_forward_counts_once_its_last_layer_has_attended(llama, assert_close):
+    cache, fresh = (prefill(llama, prompt(LENGTH), h2o(5, 4)).cache for _ in range(2))
+    continue_with(llama, fresh, prompt(2, seed=8))
+    cut(llama, 2, cache)
+    unharmed(llama, cache, fresh, assert_close)
+    hearing, fresh = (prefill(llama, prompt(LENGTH), PRESETS["sirllm"](BUDGET)).cache for _ in range(2))
+    cut(llama, 2, hearing)  # such a policy evicts after the logits: its forward is not over
+    unharmed(llama, hearing, fresh, assert_close)
 
 
 def test_inside_the_context_a_cut_forward_is_refused_and_without_undo_it_spoils_the_cache(llama, assert_close):

@@ -46,8 +46,8 @@ class PolicyCache(Cache):
         policy: a preset of `memlens.kv.policies`; `full()` keeps everything.
         hold_until: nothing is evicted before this many tokens have been seen: the length of a prompt that arrives in
             parts. A policy that compresses once does so when it is reached.
-        undo: a forward that is cut short leaves the cache, once `on` is left, as it was before; what each layer held then
-            lives until the last layer is done. False frees it layer by layer, and such a cut spoils the cache.
+        undo: a forward cut short before its last layer has attended leaves the cache, once `on` is left, as it was; what
+            each layer held lives until then. False frees it layer by layer, and such a cut spoils the cache.
     """
 
     def __init__(self, config: Any, policy: Policy | None = None, *, hold_until: int = 0, undo: bool = True):

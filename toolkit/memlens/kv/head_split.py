@@ -33,7 +33,7 @@ class HeadSplit(NamedTuple):
     heads: Tensor  # (layers, Hkv) bool
     marked: Policy
     others: Policy
-    hears: bool = False
+    hears = False  # no group may
 
     @property
     def name(self) -> str:
@@ -223,7 +223,7 @@ class HeadSplitCache(PolicyCache):
         """An empty cache under the same policies."""
         for group in self.groups:
             group.reset()
-        self.state, self._model, self._last = (), None, None
+        self._model = self._last = None
         self._stand_on(self.groups)
 
 
