@@ -8,8 +8,8 @@ PAPER ?=
 FAMILY ?=
 JOBS ?= 2
 export TRITON_DEFAULT_FP_FUSION = 1
-# parallel runs share the cores: a thread that waits should sleep, not spin; a benchmark, which has them alone, spins
-export OMP_WAIT_POLICY = PASSIVE
+# parallel runs share the cores: a thread that waits spins for some microseconds, then sleeps
+export GOMP_SPINCOUNT = 1000
 
 .PHONY: help setup model reproduce lab figures bench kernels bundle workshop store test lint unit interpreter report-kernels nbval check-notebooks browser clean
 
@@ -43,7 +43,7 @@ figures: setup  ## redraw the stored figures from their data into build/figures
 	@$(MEMLENS) figures
 
 bench: model  ## measure each block against its peer (pip install -r requirements-peers.txt for all of them)
-	@env -u OMP_WAIT_POLICY $(MEMLENS) bench $(if $(FAMILY),--family $(FAMILY))
+	@$(MEMLENS) bench $(if $(FAMILY),--family $(FAMILY))
 
 kernels: setup  ## compile every kernel ahead of time and write kernels/report.csv
 	@$(MEMLENS) kernels

@@ -125,11 +125,12 @@ def workshop():
 @app.command()
 def lab(port: Annotated[int, typer.Option()] = 8888):
     """JupyterLab, opened at the door; needs no network."""
+    from memlens.book.execute import THREADS
     from memlens.book.lab import command
     from memlens.book.place import root
 
     os.chdir(root())
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # several kernels share the cores
+    os.environ.update({**THREADS, **os.environ})
     os.execv(sys.executable, command(port=port, open_at="notebooks/00-start-here.ipynb"))
 
 

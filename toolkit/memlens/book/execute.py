@@ -16,9 +16,12 @@ from nbformat import NotebookNode
 
 from memlens.book.notebook import code_cells, read, tags
 
-__all__ = ["Run", "execute"]
+__all__ = ["THREADS", "Run", "execute"]
 
 TIMEOUT = 180  # seconds for one cell
+# kernels share the cores: a waiting thread that spins for a millisecond takes them from the others, one that sleeps at once is
+# slow to wake in a kernel that has them alone
+THREADS = {"GOMP_SPINCOUNT": "1000"}
 
 
 class Run(NamedTuple):
@@ -62,8 +65,7 @@ def run(
     start, error = time.perf_counter(), ""
     try:
         # the kernel's own notices (its transport, its shutdown) go nowhere; what cells print is captured in their outputs
-        # OMP_WAIT_POLICY: notebooks share the cores, so a thread that waits should sleep, not spin
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+        environment = {**THREADS, **os.environ}
         environment |= {"MEMLENS_FIGURES": str(figures)} if figures else {}
         asyncio.run(client.async_execute(stderr=subprocess.DEVNULL, env=environment))
     except CellExecutionError as failure:

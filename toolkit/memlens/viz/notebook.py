@@ -31,14 +31,18 @@ def live() -> None:
     `explore` calls it; call it yourself before showing `.hvplot` pictures. It puts a megabyte of script into the cell's
     output: tag that cell `live`, so that it is not stored.
     """
+    import holoviews
+    from holoviews.util import extension
     from IPython.utils.capture import capture_output
 
-    with capture_output():  # their own scripts would fetch style sheets from the network
-        import holoviews
-
-        if not getattr(holoviews.extension, "_loaded", False):
+    # the extension for notebooks fetches style sheets from the network and takes a second longer: hvplot is given the plain one
+    for_notebooks, holoviews.extension = holoviews.extension, extension
+    try:
+        with capture_output():  # of an hvplot that was there before
             holoviews.extension("bokeh")
-        import hvplot.xarray  # noqa: F401 - registers .hvplot, and must come after the extension
+            import hvplot.xarray  # noqa: F401 - registers .hvplot, and must come after the extension
+    finally:
+        holoviews.extension = for_notebooks
     page.load()
     page.register()
 
