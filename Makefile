@@ -19,7 +19,7 @@ help:  ## what there is
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "== setting up: a virtual environment in $(VENV) (pinned packages, a few minutes the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "memlens needs Python 3.11 or newer, this is " + sys.version.split()[0])'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[models,recall,test]'
@@ -68,7 +68,7 @@ unit: model  ## unit tests and doctests
 
 interpreter: setup  ## kernels in Triton's interpreter
 	@echo "== kernels in the interpreter"
-	@TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) tests/kernels
+	@TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) tests/kernels tests/test_faults.py
 
 report-kernels: setup  ## the compile report is current and free of spills
 	@echo "== compile report"

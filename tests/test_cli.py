@@ -11,7 +11,7 @@ from memlens.cli import app
 
 TOP = Path(__file__).parents[1]
 VERBS = (
-    "reproduce", "status", "report", "new", "store", "check-notebooks", "readme", "workshop", "lab", "figures", "bench",
+    "reproduce", "test", "status", "report", "new", "store", "check-notebooks", "readme", "workshop", "lab", "figures", "bench",
     "kernels", "model", "bundle",
 )  # fmt: skip
 
@@ -57,3 +57,15 @@ def test_figures_do_not_load_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], cwd=TOP, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.glob("*.svg"))
+
+
+def test_a_full_disk_under_the_model_is_said_in_words(monkeypatch):
+    from memlens import models
+
+    def full():
+        raise OSError(28, "models.load smollm2-135m: no space left; free 542 MB or set MEMLENS_CACHE")
+
+    monkeypatch.setattr(models, "smollm2", full)
+    result = call("model")
+    assert result.exit_code == 2
+    assert "set MEMLENS_CACHE" in result.output

@@ -2,7 +2,10 @@
 
 import re
 import tomllib
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
+
+from packaging.specifiers import SpecifierSet
 
 TOP = Path(__file__).parents[1]
 PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -56,6 +59,23 @@ def test_the_cards_packages_are_dependencies():
     assert {"torch", "triton", "jupyterlab", "ipywidgets", "einops", "xarray", "hvplot", "nbval"} <= names
 
 
+def test_no_test_is_left_to_nobody():
+    interpreter = next(line for line in (TOP / "Makefile").read_text().splitlines() if "TRITON_INTERPRET=1" in line)
+    assert interpreter.split()[-2:] == ["tests/kernels", "tests/test_faults.py"]
+    for path in (TOP / "tests" / "browser").glob("test_*.py"):
+        assert "pytestmark = pytest.mark.browser" in path.read_text(encoding="utf-8"), path
+
+
 def test_the_tree_is_the_one_that_was_promised():
     for name in ("pyproject.toml", "toolkit", "notebooks", "kernels", "datasets", "figures", "tests", "environment.yml"):
         assert (TOP / name).exists(), name
+
+
+def test_every_pin_admits_the_oldest_python():
+    oldest = "3.11.0"
+    for name in pins():
+        try:
+            needs = metadata(name).get("Requires-Python") or ""
+        except PackageNotFoundError:  # of another platform
+            continue
+        assert oldest in SpecifierSet(needs), f"{name} needs Python {needs}"

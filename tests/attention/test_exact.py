@@ -267,4 +267,4 @@ def test_triton_says_why_it_cannot(qkv, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match=r"form='triton' cannot run"):
         attend(q, k, v, form="triton")
-    assert backend.explain("attend", q, k, v) == ("torch", "tensors are on the CPU")
+    assert backend.explain("attend", q, k, v) == ("torch", "tensors are on cpu")

@@ -1,12 +1,13 @@
 """The main job: failures do not stop the others, an interrupted run goes on, nothing is rewritten without need."""
 
 import json
+import sys
 
 import pytest
 
 from memlens.book.notebook import read
 from memlens.book.place import notebooks, select
-from memlens.book.reproduce import reproduce
+from memlens.book.reproduce import reproduce, run_one
 from memlens.book.store import store
 
 from .conftest import code, text, whole
@@ -20,6 +21,42 @@ def test_a_failing_notebook_is_named_and_does_not_stop_the_others(put, capsys):
     assert "passed kv/h2o" in out
     assert "FAILED kv/snapkv" in out
     assert "code cell 1: ZeroDivisionError" in out
+
+
+def test_what_is_no_notebook_does_not_stop_the_others(put, clone, capsys):
+    store(put(whole()))
+    (clone / "notebooks/kv/broken.ipynb").write_text('{"cells": [')
+    assert reproduce(workers=2) == 1
+    out = capsys.readouterr().out
+    assert "passed kv/h2o" in out
+    assert "FAILED kv/broken: 0 s: NotJSONError" in out
+    assert "2 notebooks, 1 failed" in out
+
+
+def test_a_kernel_that_does_not_start_is_a_failure_like_any_other(put, monkeypatch):
+    def dead(path):
+        raise RuntimeError("Kernel died before replying to kernel_info")
+
+    monkeypatch.setattr(sys.modules["memlens.book.reproduce"], "execute", dead)
+    row = run_one(put(whole()))
+    assert (row["error"], row["cell"]) == ("RuntimeError: Kernel died before replying to kernel_info", None)
+
+
+def test_a_verdict_that_falls_is_said_and_the_run_has_not_passed(put, clone, capsys):
+    (clone / "value.txt").write_text("1.0")
+    path = put(whole("x = float(open('../../value.txt').read())"))
+    store(path)
+    (clone / "value.txt").write_text("3.0")
+    assert reproduce() == 1
+    assert "a verdict fell kv/h2o: c: holds, now not reproduced here" in capsys.readouterr().out
+    (clone / "value.txt").write_text("1.0")
+    assert reproduce() == 0
+
+
+def test_a_family_without_notebooks_is_refused(put):
+    put(whole())
+    with pytest.raises(KeyError, match="family 'tasks' has no notebook yet"):
+        reproduce(family="tasks")
 
 
 def test_an_unchanged_verdict_leaves_the_file(put, capsys):

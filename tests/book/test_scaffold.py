@@ -37,3 +37,21 @@ def test_nothing_is_overwritten(top):
         scaffold("kv", "new-idea", top=top)
     with pytest.raises(ValueError, match="family='kw'"):
         scaffold("kw", "x", top=top)
+
+
+def test_a_failure_on_the_way_leaves_nothing(top, monkeypatch):
+    from memlens.book import scaffold as module
+
+    real, done = module.replace_text, []
+
+    def until_the_last(path, text):
+        if len(done) == 3:
+            raise OSError(28, "No space left on device")
+        done.append(path)
+        real(path, text)
+
+    monkeypatch.setattr(module, "replace_text", until_the_last)
+    with pytest.raises(OSError, match="No space"):
+        scaffold("kv", "new-idea", top=top)
+    assert len(done) == 3
+    assert not [path for path in done if path.exists()]

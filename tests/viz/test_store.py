@@ -109,6 +109,15 @@ def test_a_missing_picture_is_drawn_from_the_stored_data(stored, data):
     assert contents(stored) == before
 
 
+@pytest.mark.parametrize("ending", ["svg", "png"])
+@pytest.mark.parametrize("kept", [0, 100])
+def test_a_picture_that_was_cut_short_is_drawn_again(stored, data, ending, kept):
+    before, path = contents(stored), stored / f"demo.{ending}"
+    path.write_bytes(path.read_bytes()[:kept])
+    viz.save_figure("demo", data, "lines", **OPTIONS)
+    assert contents(stored) == before
+
+
 @pytest.mark.parametrize("options", [{}, {"style": "neurips", "format": "pdf", "width": "3.25in"}, {"style": "poster"}])
 def test_redrawing_twice_gives_the_same_bytes(stored, tmp_path, options):
     first, second = (redraw(["demo"], out=tmp_path / name, **options) for name in ("a", "b"))

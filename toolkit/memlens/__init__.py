@@ -7,7 +7,7 @@ from memlens.lazy import attach
 
 __version__ = "0.1.0"
 _PARTS = (
-    "attention", "backend", "bench", "book", "catalog", "check", "cost", "data", "kv", "layout", "lazy", "memory", "models",
+    "attention", "backend", "bench", "book", "catalog", "check", "cost", "data", "files", "kv", "layout", "lazy", "memory", "models",
     "optim", "parallel", "quant", "recall", "routing", "tasks", "viz",
 )  # fmt: skip
 __all__, __getattr__, __dir__ = attach(__name__, {}, _PARTS)

@@ -15,9 +15,28 @@ from torch import Tensor
 
 from memlens import check
 
-__all__ = ["FORMS", "Choice", "choose", "explain", "triton_problem"]
+__all__ = ["FORMS", "OPERATIONS", "Choice", "choose", "explain", "triton_problem"]
 
 FORMS = ("reference", "torch", "triton", "auto")
+OPERATIONS = {  # whether it has a kernel
+    "affine_quantize": True,
+    "attend": True,
+    "attend_pruned": True,
+    "block_attend": True,
+    "coded_direction": True,
+    "column_mass": True,
+    "decode_observe": True,
+    "hit_curve": False,
+    "linear_attention": True,
+    "nearest_by_cosine": True,
+    "packed_attend": True,
+    "prefix_attend": True,
+    "segment_sums": False,
+    "selective_scan": False,
+    "shadow_decode": False,
+    "sparf": False,
+    "taylor_attention": True,
+}
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -51,11 +70,25 @@ def triton_problem(*tensors: Tensor) -> str:
 
 
 def explain(op: str, *tensors: Tensor, kernel: bool = True) -> Choice:
-    """The form that `auto` picks for these tensors, and why."""
+    """The form that `auto` picks for these tensors, and why; `kernel=False` for a call that the kernel does not take.
+
+    Raises:
+        ValueError: an operation that is not in `OPERATIONS`, naming the nearest.
+    """
+    check.one_of("explain", OPERATIONS, operation=op)
+    return _auto(op, tensors, kernel and OPERATIONS[op])
+
+
+def _without(op: str) -> str:
+    return f"the kernel of {op} does not take this call" if OPERATIONS.get(op) else f"{op} has no kernel"
+
+
+def _auto(op: str, tensors: tuple[Tensor, ...], kernel: bool) -> Choice:
     if not kernel:
-        return Choice("torch", f"{op} has no kernel")
-    if not tensors or any(t.device.type != "cuda" for t in tensors):
-        return Choice("torch", "tensors are on the CPU")
+        return Choice("torch", _without(op))
+    devices = {t.device.type for t in tensors} - {"cuda"}
+    if devices or not tensors:
+        return Choice("torch", f"tensors are on {', '.join(sorted(devices)) or 'no device'}")
     if problem := triton_problem(*tensors):
         return Choice("torch", problem)
     return Choice("triton", "tensors are on a GPU and the kernel takes their dtype")
@@ -65,15 +98,15 @@ def choose(op: str, form: str, *tensors: Tensor, kernel: bool = True) -> str:
     """Resolve `form` to "reference", "torch" or "triton" for these tensors.
 
     Raises:
-        ValueError: an unknown form, or `triton` for an operation without a kernel.
+        ValueError: an unknown form, or `triton` where no kernel takes the call.
         RuntimeError: `triton` where it cannot run, saying why and what to do.
     """
     check.one_of(op, FORMS, form=form)
     if form == "auto":
-        return explain(op, *tensors, kernel=kernel).form
+        return _auto(op, tensors, kernel).form
     if form == "triton":
         if not kernel:
-            check.fail(op, "form='triton'", "a form that exists", f"{op} has no kernel; use form='torch'")
+            check.fail(op, "form='triton'", "a form that exists", f"{_without(op)}; use form='torch'")
         if problem := triton_problem(*tensors):
             raise RuntimeError(f"{op}: form='triton' cannot run: {problem}")
     return form

@@ -23,6 +23,9 @@ def fail(op: str, what: str, expected: str, fix: str = "", *, error: type[Except
     raise error(f"{op}: {what}; expected {expected}" + (f"; {fix}" if fix else ""))
 
 
+_suspected: set[str] = set()  # operations that `layout` has warned about
+
+
 @lru_cache(maxsize=512)
 def _axes(spec: str) -> tuple[bool, tuple[str, ...]]:
     names = tuple(spec.split())
@@ -145,8 +148,9 @@ def one_of(op: str, options: Iterable[str], **values: str) -> None:
 
 
 def layout(op: str, heads: int, length: int) -> None:
-    """Warn once when (batch, length, heads, dim) seems to have been passed for (batch, heads, length, dim)."""
-    if heads > length > 1 and heads > 64:
+    """Warn, once for an operation, when it seems to have been passed (batch, length, heads, dim)."""
+    if heads > length > 1 and heads > 64 and op not in _suspected:
+        _suspected.add(op)
         warnings.warn(
             f"{op}: heads={heads} exceeds length={length}; memlens takes (batch, heads, length, dim). "
             "Tensors laid out as (batch, length, heads, dim) convert with memlens.layout.from_fla",

@@ -21,7 +21,7 @@ Family = Annotated[str | None, typer.Option(help="one family, e.g. kv")]
 
 def _stop(error: Exception) -> None:
     """Our own errors say what came and the way out; the traceback adds nothing to them."""
-    text = str(error.args[0]) if error.args else str(error)
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     typer.secho(text, fg="red", err=True)
     raise typer.Exit(2)
 
@@ -123,6 +123,17 @@ def workshop():
 
 
 @app.command()
+def test():
+    """Lint, unit tests, kernels, notebooks, browser: `make test`."""
+    from memlens.book.place import root
+
+    try:
+        raise typer.Exit(subprocess.run(["make", "test"], cwd=root()).returncode)
+    except FileNotFoundError as error:
+        _stop(error)
+
+
+@app.command()
 def lab(port: Annotated[int, typer.Option()] = 8888):
     """JupyterLab, opened at the door; needs no network."""
     from memlens.book.execute import THREADS
@@ -157,7 +168,11 @@ def bench(family: Family = None):
     """Measure each block against its peer and store the rows."""
     from memlens.bench.run import bench as run
 
-    raise typer.Exit(run(family=family or None))
+    try:
+        code = run(family=family or None)
+    except ValueError as error:
+        _stop(error)
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -19,6 +19,8 @@ from memlens.attention.merge import Attended
 
 __all__ = ["Attended", "attend", "attention_io"]
 
+KERNEL_DIM = 256  # the kernels take dim and value_dim up to here
+
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, mask: Tensor | None = None, bias: Tensor | None = None,
@@ -39,7 +41,8 @@ def attend(
         q_offset: position of the first query; default Tk - Tq, which lines the last query up with the last key.
         return_lse: also return lse (B, H, Tq), natural log.
         form: "reference" (row by row), "torch" (tiles, or torch's fused CPU operator), "triton" (the kernel; takes
-            no bias), "auto". What auto picks: `memlens.backend.explain("attend", q, k, v, kernel=bias is None)`.
+            no bias and no dim over 256), "auto". What auto picks: `memlens.backend.explain("attend", q, k, v)`, with
+            `kernel=False` for what the kernel does not take.
     Raises:
         ValueError: shapes that disagree, kv heads that do not divide the heads, a mask or bias that does not
             broadcast, or form="triton" with a bias or a dim over 256.
@@ -88,7 +91,8 @@ def _four(x: Tensor | None) -> Tensor | None:
 def _choose(form: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str:
     if form == "triton" and bias is not None:
         check.fail("attend", "a bias with form='triton'", "a bool mask or none", "use form='torch' or 'auto' with a bias")
-    return backend.choose("attend", form, q, k, v, kernel=bias is None)
+    fits = form == "triton" or (bias is None and max(q.shape[-1], v.shape[-1]) <= KERNEL_DIM)
+    return backend.choose("attend", form, q, k, v, kernel=fits)
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: Call) -> Attended:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from memlens import backend, check
-from memlens.attention.exact import attend
+from memlens.attention.exact import KERNEL_DIM, attend
 from memlens.attention.merge import Attended, merge, merge_many
 
 __all__ = ["prefix_attend"]
@@ -44,7 +44,8 @@ def prefix_attend(
         v_own=(v_own, "requests kv_heads own value_dim"), own_mask=(own_mask, "requests own"),
     )  # fmt: skip
     check.at_least("prefix_attend", 1, requests=sizes["requests"])
-    form = backend.choose("prefix_attend", form, q_group, k_pre, v_pre, k_own, v_own)
+    fits = max(q_group.shape[-1], v_pre.shape[-1]) <= KERNEL_DIM
+    form = backend.choose("prefix_attend", form, q_group, k_pre, v_pre, k_own, v_own, kernel=fits or form == "triton")
     if form == "triton" and _one_launch(q_group, k_pre, v_pre, k_own, v_own):
         both = _fused(q_group, k_pre, v_pre, k_own, v_own, own_mask, scale)
         return both if return_lse else both.out

@@ -16,7 +16,7 @@ from torch import Tensor
 from memlens import backend, check
 from memlens.attention import fused, tiled
 from memlens.attention.call import Call, differentiable
-from memlens.attention.exact import attend
+from memlens.attention.exact import KERNEL_DIM, attend
 from memlens.attention.merge import Attended
 from memlens.attention.retrieval import ShadowState, shadow_decode, sparf
 
@@ -41,9 +41,9 @@ def block_attend(
         block_q, block_k: queries and keys of one block.
         causal: besides, key j only for queries at positions >= j, the last query at the last key.
         form: "reference" (the mask spread out over pairs), "torch" (visited blocks only), "triton" (a kernel that
-            walks the list of visited blocks), "auto".
+            walks the list of visited blocks; block sizes that 16 divides, no dim over 256), "auto".
     Raises:
-        ValueError: sizes that disagree, or, with form="triton", blocks that are no multiple of 16.
+        ValueError: sizes that disagree, or, with form="triton", what the kernel does not take.
         TypeError: a block_mask that is not bool.
     """
     sizes = check.shapes(
@@ -54,7 +54,8 @@ def block_attend(
     check.same_dtype("block_attend", q=q, k=k, v=v)
     check.at_least("block_attend", 1, block_q=block_q, block_k=block_k)
     blocks = Blocks(_check_blocks(block_mask, sizes, block_q, block_k), block_q, block_k)
-    form = backend.choose("block_attend", form, q, k, v)
+    fits = max(q.shape[-1], v.shape[-1]) <= KERNEL_DIM and block_q % 16 == block_k % 16 == 0
+    form = backend.choose("block_attend", form, q, k, v, kernel=fits or form == "triton")
     if form == "reference":
         mask = spread(blocks.visible, block_q, block_k, sizes["q_len"], sizes["k_len"])
         return attend(q, k, v, causal=causal, mask=mask, return_lse=True, form="reference")

@@ -1,6 +1,7 @@
 """`memlens bench`: each block against its peer, interleaved in one process, beside the machine's own ceilings.
 
-Rows go to `build/bench.csv` with versions; the ones worth keeping are in docs/benchmarks.md.
+Rows go to `build/bench.csv` with versions, in place of the rows that their family had there; the ones worth keeping are in
+docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import statistics
 import time
 from collections.abc import Callable
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from io import StringIO
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import NamedTuple
 
@@ -18,12 +22,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from memlens import check
 from memlens.bench.case import Case
 from memlens.book.place import root
+from memlens.files import replace_text
 
 __all__ = ["bench", "ceilings", "measure"]
 
 ROUNDS, BUDGET = 15, 12.0  # at most so many rounds, or so many seconds a case
+PACKAGES = ("memlens", "transformers", "galore-torch", "kvpress")  # beside torch; the peers are requirements-peers.txt
 
 
 class Row(NamedTuple):
@@ -99,19 +106,25 @@ def families() -> list[str]:
 
 
 def bench(*, family: str | None = None, threads: int = 2) -> int:
-    """Measure every case of a family, or all; print the table and write build/bench.csv."""
+    """Measure every case of a family, or all; print the table and write the rows to build/bench.csv.
+
+    Raises:
+        ValueError: a family without benchmarks.
+    """
+    known = families()
+    if family:
+        check.one_of("bench", known, family=family)
     torch.set_num_threads(threads)
-    console, rows = Console(), []
+    console, rows = Console(), {name: [] for name in ([family] if family else known)}
     gemm, copy = ceilings()
     machine = f"{platform.machine()}, {threads} threads, GEMM {gemm / 1e9:.0f} GFLOP/s, copy {copy / 1e9:.0f} GB/s"
     console.print(f"torch {torch.__version__}, {machine}")
-    for name in [family] if family else families():
+    for name, measured in rows.items():
         for case in import_module(f"memlens.bench.{name}").cases():
-            rows.append(measure(case, gemm, copy))
-            row = rows[-1]
+            measured.append(row := measure(case, gemm, copy))
             console.print(f"{row.name}: {row.ours_ms:.1f} ms, {row.ratio:.2f} x {row.peer}", soft_wrap=True)
     _write(rows, machine)
-    console.print(_table(rows))
+    console.print(_table([row for measured in rows.values() for row in measured]))
     return 0
 
 
@@ -128,10 +141,30 @@ def _table(rows: list[Row]) -> Table:
     return table
 
 
-def _write(rows: list[Row], machine: str) -> None:
-    path = root() / "build" / "bench.csv"
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([*Row._fields, "machine", "torch"])
-        writer.writerows([*row, machine, torch.__version__] for row in rows)
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def _write(rows: dict[str, list[Row]], machine: str) -> None:
+    path, text = root() / "build" / "bench.csv", StringIO()
+    about = machine, torch.__version__, " ".join(f"{name}={_version(name)}" for name in PACKAGES)
+    columns = ["family", *Row._fields, "machine", "torch", "packages"]
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(_others(path, rows))
+    for family, measured in rows.items():
+        writer.writerows(dict(zip(columns, (family, *row, *about), strict=True)) for row in measured)
+    replace_text(path, text.getvalue())
+
+
+def _others(path: Path, rows: dict[str, list[Row]]) -> list[dict[str, str]]:
+    """The stored rows of families that are not in `rows`; a row that names no family is told by its case."""
+    if not path.exists():
+        return []
+    cases = {row.name for measured in rows.values() for row in measured}
+    with path.open(newline="", encoding="utf-8") as file:
+        stored = list(csv.DictReader(file))
+    return [row for row in stored if (row["family"] not in rows if row.get("family") else row["name"] not in cases)]

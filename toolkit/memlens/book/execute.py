@@ -27,7 +27,7 @@ THREADS = {"GOMP_SPINCOUNT": "1000"}
 class Run(NamedTuple):
     book: NotebookNode  # with the outputs of this run
     seconds: float
-    failed_cell: int | None = None  # 1-based, among the code cells
+    failed_cell: int | None = None  # 1-based, among the code cells; None where none had started
     error: str = ""  # one line
 
 
@@ -75,5 +75,5 @@ def run(
     except DeadKernelError:
         error = "the kernel died (out of memory, or killed)"
     code = [cell.cell_type == "code" and bool(cell.source.strip()) for cell in book.cells]
-    failed = sum(code[: started[-1] + 1]) if error else None
+    failed = sum(code[: started[-1] + 1]) if error and started else None
     return Run(book, time.perf_counter() - start, failed, error)

@@ -12,6 +12,7 @@ from memlens.book.notebook import read, verdicts, write
 from memlens.book.place import notebooks, root
 from memlens.catalog import FAMILIES, entries
 from memlens.catalog.verdict import Verdict
+from memlens.files import replace_text
 
 __all__ = ["as_table", "refresh", "stale", "stored"]
 
@@ -137,5 +138,5 @@ def refresh() -> list[str]:
         if path.suffix == ".ipynb":
             write(content, path)
         else:
-            path.write_text(content, encoding="utf-8")
+            replace_text(path, content)
     return changed

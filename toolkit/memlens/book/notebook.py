@@ -8,6 +8,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from memlens.catalog.verdict import MIME, Verdict
+from memlens.files import replace_text
 
 __all__ = ["clean", "code_cells", "read", "shown", "source_of", "tags", "verdicts", "write"]
 
@@ -21,10 +22,8 @@ def read(path: Path) -> NotebookNode:
 
 
 def write(book: NotebookNode, path: Path) -> None:
-    """Write through a sibling file and a rename, so that a failure leaves the old notebook."""
-    partial = Path(path).with_suffix(".partial")
-    nbformat.write(book, partial)
-    partial.replace(path)
+    """Write it whole or not at all, so that a failure leaves the old notebook."""
+    replace_text(Path(path), nbformat.writes(book).rstrip("\n") + "\n")
 
 
 def tags(cell: NotebookNode) -> list[str]:

@@ -41,7 +41,7 @@ def select(*, paper: str | None = None, family: str | None = None) -> dict[str, 
     """The notebooks of one paper or one family, or all.
 
     Raises:
-        KeyError: an unknown paper (naming the nearest) or one that has no notebook yet.
+        KeyError: an unknown paper (naming the nearest), or a paper or family that has no notebook yet.
         ValueError: an unknown family.
     """
     from memlens.catalog import FAMILIES, find
@@ -57,5 +57,7 @@ def select(*, paper: str | None = None, family: str | None = None) -> dict[str, 
         return {name: known[name]}
     if family is not None:
         check.one_of("reproduce", FAMILIES, family=family)
-        return {name: path for name, path in known.items() if name.startswith(f"{family}/")}
+        if not (chosen := {name: path for name, path in known.items() if name.startswith(f"{family}/")}):
+            raise KeyError(f"reproduce: family {family!r} has no notebook yet; see `memlens status`")
+        return chosen
     return known

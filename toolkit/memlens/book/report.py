@@ -37,7 +37,7 @@ def _version(name: str) -> str:
 def report() -> str:
     """Lines of `name: value`."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    choice = backend.explain("any block", torch.empty(1, device="cuda" if device != "cpu" else "cpu"))
+    choice = backend.explain("attend", torch.empty(1, device="cuda" if device != "cpu" else "cpu"))
     lines = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",

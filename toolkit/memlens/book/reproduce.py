@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from nbformat import NotebookNode
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -17,10 +20,11 @@ from memlens.book.execute import execute
 from memlens.book.ledger import as_table
 from memlens.book.notebook import clean, read, shown, source_of, verdicts, write
 from memlens.book.place import root, select, state
-from memlens.catalog.verdict import Verdict
+from memlens.catalog.verdict import WORDS, Verdict
 
 __all__ = ["reproduce"]
 
+FIGURE = re.compile(r"save_figure\(\s*[\"']([a-z0-9_-]+)")
 CODE = ("toolkit/**/*.py", "kernels/**/*.py", "datasets/**/*", "toolkit/**/*.toml", "constraints.txt")
 
 
@@ -65,10 +69,18 @@ def _hash(path: Path) -> str:
     return hashlib.sha256(source_of(read(path)).encode()).hexdigest()
 
 
+def _failed(error: Exception) -> dict:
+    line = f"{type(error).__name__}: {error}".splitlines()[0]
+    return {"seconds": 0.0, "error": line, "cell": None, "rows": [], "rewritten": False, "fell": [], "source": ""}
+
+
 def run_one(path: Path) -> dict:
     """Run a notebook, rewrite it only if its verdicts changed beyond their rounding, and report."""
-    before = read(path)
-    done = execute(path)
+    try:
+        before = read(path)
+        done = execute(path)
+    except Exception as error:  # a file that is no notebook, a kernel that does not start: the others go on
+        return _failed(error)
     rewritten = False
     if not done.error and shown(done.book) != shown(before):
         write(clean(done.book), path)
@@ -76,16 +88,38 @@ def run_one(path: Path) -> dict:
     rows = [tuple(row) for row, _ in verdicts(done.book)]
     return {
         "seconds": done.seconds, "error": done.error, "cell": done.failed_cell, "rows": rows,
-        "rewritten": rewritten, "source": _hash(path),
+        "rewritten": rewritten, "fell": [] if done.error else fell(before, done.book), "source": _hash(path),
     }  # fmt: skip
+
+
+def fell(before: NotebookNode, after: NotebookNode) -> list[str]:
+    """The claims whose stored verdict was better than this run's; those that rest on times are left out."""
+    old = {(row.key, row.claim): row.verdict for row, varies in verdicts(before) if not varies}
+    rank = WORDS.index
+    return [
+        f"{row.claim}: {old[row.key, row.claim]}, now {row.verdict}"
+        for row, varies in verdicts(after)
+        if not varies and rank(row.verdict) > rank(old.get((row.key, row.claim), row.verdict))
+    ]
 
 
 def _line(name: str, row: dict) -> str:
     if row["error"]:
-        return f"[red]FAILED[/] {name}: {row['seconds']:.0f} s, code cell {row['cell']}: {row['error']}"
+        cell = f", code cell {row['cell']}" if row["cell"] else ""
+        return f"[red]FAILED[/] {name}: {row['seconds']:.0f} s{cell}: {row['error']}"
     words = Counter(Verdict(*fields).verdict for fields in row["rows"])
     told = ", ".join(f"{count} {word}" for word, count in words.items()) or "no verdicts"
-    return f"[green]passed[/] {name}: {row['seconds']:.0f} s, {told}" + (", stored anew" if row["rewritten"] else "")
+    worse = "".join(f"\n  [red]fell[/] {claim}" for claim in row["fell"])
+    return (
+        f"[green]passed[/] {name}: {row['seconds']:.0f} s, {told}" + (", stored anew" if row["rewritten"] else "") + worse
+    )
+
+
+def _result(job: Future) -> dict:
+    try:
+        return job.result()
+    except BrokenProcessPool as error:  # a worker was killed: every job that had not ended fails
+        return _failed(error)
 
 
 def _run_all(wanted: dict[str, Path], progressed: Progressed, workers: int, console: Console) -> None:
@@ -98,7 +132,7 @@ def _run_all(wanted: dict[str, Path], progressed: Progressed, workers: int, cons
         jobs = {pool.submit(run_one, path): name for name, path in todo.items()}
         try:
             for job in as_completed(jobs):
-                progressed.done[jobs[job]] = job.result()
+                progressed.done[jobs[job]] = _result(job)
                 progressed.save()
                 bar.advance(task)
                 bar.console.print(_line(jobs[job], progressed.done[jobs[job]]), soft_wrap=True)
@@ -107,13 +141,21 @@ def _run_all(wanted: dict[str, Path], progressed: Progressed, workers: int, cons
             raise
 
 
+def _figures_of(path: Path) -> list[str]:
+    """The stored figures that a notebook draws, by the names in its `save_figure` calls; none for what is no notebook."""
+    try:
+        named = FIGURE.findall(source_of(read(path)))
+    except ValueError:
+        return []
+    return [name for name in named if (root() / "figures" / f"{name}.nc").exists()]
+
+
 def redraw_figures(wanted: dict[str, Path], console: Console) -> list[str]:
     """Draw the figures of these notebooks from their data into build/figures; the names that could not be drawn."""
     from memlens.viz.redraw import redraw
 
-    names = {name.replace("/", "-") for name in wanted}
     failed, out = [], root() / "build" / "figures"
-    stems = sorted(path.stem for path in (root() / "figures").glob("*.nc") if any(path.stem.startswith(n) for n in names))
+    stems = sorted(stem for path in wanted.values() for stem in _figures_of(path))
     for stem in stems:
         try:
             redraw([stem], out=out)
@@ -125,7 +167,11 @@ def redraw_figures(wanted: dict[str, Path], console: Console) -> list[str]:
 
 
 def reproduce(*, paper: str | None = None, family: str | None = None, workers: int | None = None) -> int:
-    """Run the notebooks of a paper, a family, or all; print a line for each and the ledger. 0 if all passed, else 1."""
+    """Run the notebooks of a paper, a family, or all; print a line for each and the ledger.
+
+    Returns:
+        0 if all passed and no verdict fell below the stored one, else 1.
+    """
     console = Console(width=None if os.isatty(1) else 160)
     wanted, start = select(paper=paper, family=family), time.perf_counter()
     progressed = Progressed(wanted)
@@ -141,4 +187,7 @@ def reproduce(*, paper: str | None = None, family: str | None = None, workers: i
     )
     for name in failed:
         console.print(f"  [red]{name}[/] {results.get(name, {}).get('error', 'could not be drawn')}", soft_wrap=True)
-    return int(bool(failed))
+    lost = [f"{name}: {claim}" for name, row in results.items() for claim in row["fell"]]
+    for line in lost:
+        console.print(f"  [red]a verdict fell[/] {line}", soft_wrap=True)
+    return int(bool(failed or lost))

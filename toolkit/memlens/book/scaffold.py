@@ -5,12 +5,12 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from nbformat import reads
+from nbformat import reads, writes
 
 from memlens import check
-from memlens.book.notebook import write
 from memlens.book.place import root
 from memlens.catalog.entries import FAMILIES, Entry, entries
+from memlens.files import replace_text
 
 __all__ = ["scaffold"]
 
@@ -70,13 +70,7 @@ claims = []
 """
 
 
-def _write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def _notebook(entry: Entry, fields: dict, path: Path) -> Path:
+def _notebook(entry: Entry, fields: dict) -> str:
     """The template with its words filled in; the claims come from the catalogue."""
     text = files("memlens.book").joinpath("template.json").read_text(encoding="utf-8")
     book = reads(text, as_version=4)
@@ -86,9 +80,7 @@ def _notebook(entry: Entry, fields: dict, path: Path) -> Path:
     for cell in book.cells:
         for name, value in {**fields, "claims": claims or "- (what the paper claims)"}.items():
             cell.source = cell.source.replace("{{" + name + "}}", value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(book, path)
-    return path
+    return writes(book) + "\n"
 
 
 def scaffold(family: str, key: str, *, top: Path | None = None) -> list[Path]:
@@ -96,7 +88,7 @@ def scaffold(family: str, key: str, *, top: Path | None = None) -> list[Path]:
 
     Raises:
         ValueError: an unknown family or a key that is no identifier.
-        FileExistsError: a file that stands already; nothing is written.
+        FileExistsError: a file that stands already; OSError: one that cannot be written. Nothing is written then.
     """
     check.one_of("new", FAMILIES, family=family)
     name = key.replace("-", "_").lower()
@@ -117,10 +109,21 @@ def scaffold(family: str, key: str, *, top: Path | None = None) -> list[Path]:
     for path in [*targets, notebook]:
         if path.exists():
             raise FileExistsError(f"new: {path.relative_to(top)} stands already; edit it, or take another key")
-    written = [_write(path, text.format(**fields)) for path, text in targets.items()]
-    written.append(_notebook(entry, fields, notebook))
+    texts = {path: text.format(**fields) for path, text in targets.items()} | {notebook: _notebook(entry, fields)}
     if known is None:
         path = top / f"toolkit/memlens/catalog/papers/{family}.toml"
         old = path.read_text(encoding="utf-8") if path.exists() else ""
-        written.append(_write(path, old + ENTRY.format(**fields)))
-    return written
+        texts[path] = old + ENTRY.format(**fields)
+    _write(texts, fresh=[*targets, notebook])
+    return list(texts)
+
+
+def _write(texts: dict[Path, str], fresh: list[Path]) -> None:
+    """All of them, or none: where one fails, the `fresh` ones are taken away again."""
+    try:
+        for path, text in texts.items():
+            replace_text(path, text)
+    except OSError:
+        for path in fresh:
+            path.unlink(missing_ok=True)
+        raise

@@ -13,9 +13,10 @@ from typing import NamedTuple
 from memlens import check
 from memlens.catalog.entries import find
 
-__all__ = ["KINDS", "MIME", "Verdict", "judge", "table", "verdict"]
+__all__ = ["KINDS", "MIME", "WORDS", "Verdict", "judge", "table", "verdict"]
 
 KINDS = ("exact", "measured", "modelled")
+WORDS = ("holds", "partly", "not reproduced here")  # from best to worst
 MIME = "application/vnd.memlens.verdict+json"
 DIGITS = {"exact": 4, "modelled": 3, "measured": 2}
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
@@ -37,7 +38,7 @@ class Verdict(NamedTuple):
     measured: str  # ours, rounded
     band: str  # fixed beforehand
     n: str
-    verdict: str  # holds | partly | not reproduced here
+    verdict: str  # one of WORDS
     note: str
 
     def __str__(self) -> str:
@@ -119,7 +120,7 @@ def verdict(
     if set(parts) != set(bands) or not parts:
         check.fail("verdict", f"parts {sorted(parts)} and bands {sorted(bands)}", "one band for each part")
     held = [judge(value, bands[name]) for name, value in parts.items()]
-    word = "holds" if all(held) else "partly" if any(held) else "not reproduced here"
+    word = WORDS[0] if all(held) else WORDS[1] if any(held) else WORDS[2]
     digits = digits or DIGITS[kind]
     shown = show(measured, digits) + (f" +- {show(float(spread), 1)}" if spread is not None else "")
     row = Verdict(

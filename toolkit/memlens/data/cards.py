@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from memlens import check
+from memlens.files import replace_text
 
 __all__ = ["Card", "files", "folders", "hashes", "read", "root", "update", "verified", "verify"]
 
@@ -168,9 +169,7 @@ def update(folder: str) -> None:
     table = "[sha256]\n" + "".join(f'"{file}" = "{value}"\n' for file, value in hashes(folder).items())
     body = match.group(1)
     body = TABLE.sub(table, body) if TABLE.search(body) else f"{body.rstrip()}\n\n{table}"
-    partial = path.with_suffix(".partial")
-    partial.write_text(content[: match.start(1)] + body + content[match.end(1) :], encoding="utf-8")
-    partial.replace(path)
+    replace_text(path, content[: match.start(1)] + body + content[match.end(1) :])
 
 
 if __name__ == "__main__":

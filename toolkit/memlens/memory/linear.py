@@ -25,6 +25,9 @@ __all__ = [
 ]  # fmt: skip
 
 
+KERNEL_KEY = 128  # the kernels take key_dim up to here
+
+
 class AffineState(NamedTuple):
     """What a stretch of tokens does to any state: S_out = L S_in + M. It is all that two ranks need to exchange."""
 
@@ -70,18 +73,19 @@ def linear_attention(
         state: what came before; None is empty.
         mask: (batch, length) bool; a False token leaves the state alone and reads zero.
         chunk: a power of two, tokens computed at once; it changes speed, not the answer. The kernel may take fewer.
-        form: "reference" (the loop above), "torch" (by chunks), "triton" (kernels) or "auto".
+        form: "reference" (the loop above), "torch" (by chunks), "triton" (kernels, for key_dim <= 128) or "auto".
     Returns:
         out (batch, heads, length, value_dim) in q's dtype, and the state in float32.
     Raises:
-        ValueError: shapes, gates out of range or not finite, no token, a state that does not fit, normalize with delta.
+        ValueError: shapes, gates out of range or not finite, no token, a state that does not fit, normalize with delta; with
+            form="triton" a key_dim above 128.
         RuntimeError: form="triton" where it cannot run.
     """
     op = "linear_attention"
     check_inputs(op, q, k, v, log_decay, beta, rule, normalize, state, mask)
     if chunk < 1 or chunk & (chunk - 1):
         check.fail(op, f"chunk={chunk}", "a power of two")
-    form = backend.choose(op, form, q, k, v)
+    form = backend.choose(op, form, q, k, v, kernel=q.shape[-1] <= KERNEL_KEY or form == "triton")
     x = prepare(q, k, v, log_decay, beta, normalize, state, mask, native=form == "triton")
     if form == "reference":
         out, S = _reference(x, scale)

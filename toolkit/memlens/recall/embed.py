@@ -10,7 +10,6 @@ others in its batch beyond float32 rounding.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from memlens import check
+from memlens.files import replace_files
 
 __all__ = ["DIM", "embed", "encode"]
 
@@ -103,6 +103,4 @@ def _write(path: Path, known: dict[bytes, Tensor]) -> None:
     from safetensors.torch import save
 
     keys = torch.tensor([list(key) for key in known], dtype=torch.uint8)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(save({"keys": keys, "vectors": torch.stack(list(known.values()))}))
-    partial.replace(path)  # a reader sees the old file or the new one
+    replace_files(path.parent, {path.name: save({"keys": keys, "vectors": torch.stack(list(known.values()))})})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from memlens import check
 from memlens.viz.figure import STYLES, compose
-from memlens.viz.store import figures_folder, picture_bytes, read_figure, replace_files
+from memlens.viz.store import figures_folder, picture_bytes, read_figure, write_pictures
 
 __all__ = ["FORMATS", "inches", "redraw", "stored_names"]
 
@@ -66,6 +66,6 @@ def redraw(
     written = []
     for name in names:
         figure = compose(*read_figure(figures_folder() / f"{name}.nc"), style=style, width=size)
-        replace_files(folder, {f"{name}.{ending}": raw for ending, raw in picture_bytes(figure, formats).items()})
+        write_pictures(folder, {f"{name}.{ending}": raw for ending, raw in picture_bytes(figure, formats).items()})
         written += [folder / f"{name}.{ending}" for ending in formats]
     return written

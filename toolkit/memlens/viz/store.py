@@ -19,11 +19,12 @@ import xarray as xr
 from matplotlib import rc_context
 
 from memlens import check
+from memlens.files import replace_files
 from memlens.viz.figure import compose, small_png
 from memlens.viz.spec import FigureSpec, specify
 from memlens.viz.tidy import as_dataset
 
-__all__ = ["Picture", "changed", "figures_folder", "picture_bytes", "read_figure", "replace_files", "save_figure"]
+__all__ = ["Picture", "changed", "figures_folder", "picture_bytes", "read_figure", "save_figure", "write_pictures"]
 
 LIMIT = 4_000_000  # bytes of data in one figure
 VERSIONED = ("memlens", "torch", "numpy", "xarray", "matplotlib", "transformers")
@@ -81,11 +82,11 @@ def save_figure(
         old, old_spec = read_figure(stored)
         if old_spec == spec and not changed(old, data, rtol, _logs(spec)):
             data = old
-            if all((folder / f"{name}.{ending}").exists() for ending in ("svg", "png")):
+            if all(_drawn(folder / f"{name}.{ending}") for ending in ("svg", "png")):
                 return Picture(name, (folder / f"{name}.png").read_bytes())
     raw = _netcdf(data, spec)
     pictures = picture_bytes(compose(_parse(raw)[0], spec))  # from the bytes that are stored, as redrawing will
-    replace_files(folder, {f"{name}.svg": pictures["svg"], f"{name}.png": pictures["png"], f"{name}.nc": raw})
+    write_pictures(folder, {f"{name}.svg": pictures["svg"], f"{name}.png": pictures["png"], f"{name}.nc": raw})
     return Picture(name, pictures["png"])
 
 
@@ -104,32 +105,25 @@ def picture_bytes(figure, formats: tuple[str, ...] = ("svg", "png")) -> dict[str
     return made
 
 
-def replace_files(folder: Path, contents: dict[str, bytes]) -> None:
-    """Write all files beside their places, then rename them in order; a file whose bytes are the same is left alone.
+def write_pictures(folder: Path, contents: dict[str, bytes]) -> None:
+    """`replace_files` into a folder of figures.
 
     Raises:
         OSError: naming the file and the way out; every old file is whole, and the last one is the last to change.
     """
-    parts: dict[Path, Path] = {}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, raw in contents.items():
-            whole = folder / name
-            if whole.exists() and whole.read_bytes() == raw:
-                continue
-            part = folder / f".{name}.{os.getpid()}.partial"
-            parts[part] = whole
-            part.write_bytes(raw)
-        for part, whole in parts.items():
-            part.replace(whole)
+        replace_files(folder, contents)
     except OSError as error:
         raise type(error)(
             f"save_figure: cannot write {error.filename or folder} ({error.strerror or error}); expected a folder "
             "that can be written, with room left; set MEMLENS_FIGURES to one. The stored data are as they were"
         ) from error
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+
+
+def _drawn(path: Path) -> bool:
+    """Whether a picture is there and not cut short."""
+    ends = {".svg": b"</svg>", ".png": b"IEND\xaeB`\x82"}
+    return path.exists() and path.read_bytes().rstrip(b"\n").endswith(ends[path.suffix])
 
 
 def read_figure(path: Path) -> tuple[xr.Dataset, FigureSpec]:

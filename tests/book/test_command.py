@@ -1,4 +1,4 @@
-"""How JupyterLab is started: on loopback only, with nothing that asks the network. Needs no browser."""
+"""How JupyterLab is started: on loopback only, with nothing that asks the network."""
 
 import json
 import sys
