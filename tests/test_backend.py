@@ -157,6 +157,10 @@ LIMITS = {
     "block_attend by dim": (lambda: blocks(256, 16), lambda: blocks(257, 16)),
     "block_attend by block": (lambda: blocks(8, 32), lambda: blocks(8, 24)),
     "prefix_attend": (lambda: grouped(256), lambda: grouped(257)),
+    "linear_attention by channel": (
+        lambda: linear_attention(*[torch.ones(1, 1, 4, 64)] * 3, log_decay=torch.zeros(1, 1, 4, 64)),
+        lambda: linear_attention(*[torch.ones(1, 1, 4, 65)] * 3, log_decay=torch.zeros(1, 1, 4, 65)),
+    ),
     "linear_attention": (
         lambda: linear_attention(*[torch.ones(1, 1, 4, 128)] * 3),
         lambda: linear_attention(*[torch.ones(1, 1, 4, 129)] * 3),

@@ -20,7 +20,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memlens_kernels.attention_config import DELTA_ROWS, LENGTH, Config, config, make_tile, picked, target, work
+from memlens_kernels.attention_config import (
+    DELTA_ROWS,
+    LENGTH,
+    SHAPES,
+    Config,
+    Shape,
+    config,
+    make_tile,
+    picked,
+    precision,
+    target,
+    work,
+)
 from memlens_kernels.attention_steps import (
     LOG2E,
     fold_gradient,
@@ -203,8 +215,14 @@ def shared_arguments(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: b
         "q": q, "k": k, "v": v, "heads": q.shape[1], "group": q.shape[1] // k.shape[1],
         "q_len": q.shape[2], "k_len": k.shape[2], "offset": offset, "scale_log2": scale * LOG2E.value,
         "DIM": q.shape[-1], "VALUE_DIM": v.shape[-1], "BLOCK_D": block_dim(q.shape[-1]), "BLOCK_V": block_dim(v.shape[-1]),
-        "CAUSAL": causal, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "CAUSAL": causal, "PRECISION": precision(q.element_size()),
     }  # fmt: skip
+
+
+def tile_of(kernel: str, shared: dict[str, Any]) -> Config:
+    """The tile that a kernel runs with on its arguments."""
+    q, width = shared["q"], max(shared["BLOCK_D"], shared["BLOCK_V"])
+    return config(kernel, width, q.element_size(), target(q), masked=shared.get("MASK", False))
 
 
 def _mask_arguments(q: Tensor, k: Tensor, mask: Tensor | None) -> dict[str, Any]:
@@ -226,7 +244,7 @@ def attention_forward(
     out = q.new_empty((*q.shape[:3], v.shape[-1]))
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     shared = shared_arguments(q, k, v, scale=scale, causal=causal, offset=offset) | _mask_arguments(q, k, mask)
-    tile = config("forward", max(shared["BLOCK_D"], shared["BLOCK_V"]), q.element_size(), target(q))
+    tile = tile_of("forward", shared)
     forward_kernel[(triton.cdiv(q.shape[2], tile.block_q), q.shape[0] * q.shape[1])](
         out=out, lse=lse, **shared, **tile.options()
     )
@@ -254,24 +272,26 @@ def attention_backward(
     shared |= strides(do=dout) | {"lse": lse.contiguous(), "dout": dout, "scale": scale}
     shared["delta"] = delta_of(out.contiguous(), dout, dlse)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    width = max(shared["BLOCK_D"], shared["BLOCK_V"])
-    tile = config("dkdv", width, q.element_size(), target(q))
+    tile = tile_of("dkdv", shared)
     dkdv_kernel[(triton.cdiv(k.shape[2], tile.block_k), k.shape[0] * k.shape[1])](dk=dk, dv=dv, **shared, **tile.options())
-    tile = config("dq", width, q.element_size(), target(q))
+    tile = tile_of("dq", shared)
     dq_kernel[(triton.cdiv(q.shape[2], tile.block_q), q.shape[0] * q.shape[1])](dq=dq, **shared, **tile.options())
     return dq, dk, dv
 
 
 def tiles() -> list[Tile]:
-    """Every shipped tile: float16 and bfloat16, dims 64 and 128, causal, forward and the three backward kernels."""
-    shapes = [(dtype, dim) for dtype in ("fp16", "bf16") for dim in (64, 128)]
-    made = [_tile("delta", dtype, dim, Config(DELTA_ROWS, DELTA_ROWS, 4, 1), TARGETS) for dtype, dim in shapes]
-    for (dtype, dim), name in product(shapes, ("forward", "dkdv", "dq")):
-        made += [_tile(name, dtype, dim, tile, targets) for tile, targets in picked(name, dim).items()]
+    """Every shipped tile: each kernel for float16 and float32, dims 64, 128 and 256, causal, full, and full with a mask.
+
+    bfloat16 runs with float16's tiles and is listed for causal calls at dims 64 and 128 only.
+    """
+    once = [shape for shape in SHAPES if shape.causal]
+    made = [_tile("delta", shape, Config(DELTA_ROWS, DELTA_ROWS, 4, 1), TARGETS) for shape in once]
+    for shape, name in product(SHAPES, ("forward", "dkdv", "dq")):
+        made += [_tile(name, shape, tile, targets) for tile, targets in picked(name, shape).items()]
     return made
 
 
-def _tile(name: str, dtype: str, dim: int, tile: Config, targets: tuple[str, ...]) -> Tile:
+def _tile(name: str, shape: Shape, tile: Config, targets: tuple[str, ...]) -> Tile:
     kernel = {"forward": forward_kernel, "delta": delta_kernel, "dkdv": dkdv_kernel, "dq": dq_kernel}[name]
     at = f"length {LENGTH}, the block that sees all"
-    return make_tile(kernel, f"{name} {dtype} D{dim}", dtype, dim, tile, work(name, dim, tile, LENGTH), at, targets)
+    return make_tile(kernel, name, shape, tile, work(name, shape, tile, LENGTH), at, targets)

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memlens_kernels.attention import LENGTHS, delta_of, rows_apart, shared_arguments, strides
-from memlens_kernels.attention_config import LENGTH, Config, config, make_tile, picked, target, work
+from memlens_kernels.attention import LENGTHS, delta_of, rows_apart, shared_arguments, strides, tile_of
+from memlens_kernels.attention_config import LENGTH, SHAPES, Config, make_tile, picked, work
 from memlens_kernels.attention_steps import (
     fold_gradient,
     fold_keys,
@@ -139,13 +139,13 @@ def block_dq_kernel(
 
 def _plan(kernel: str, shared: dict[str, Any], visible: Tensor, blocks: tuple[int, int]) -> tuple[Config, Tensor]:
     """The dense kernel's tile, shrunk until it divides the blocks, and the mask over such tiles."""
-    q, (q_len, k_len) = shared["q"], (shared["q_len"], shared["k_len"])
-    tile = _shrunk(config(kernel, max(shared["BLOCK_D"], shared["BLOCK_V"]), q.element_size(), target(q)), *blocks)
+    q_len, k_len = shared["q_len"], shared["k_len"]
+    tile = _shrunk(tile_of(kernel, shared), *blocks)
     fine = visible.repeat_interleave(blocks[0] // tile.block_q, 2).repeat_interleave(blocks[1] // tile.block_k, 3)
     fine = fine[:, :, : triton.cdiv(q_len, tile.block_q), : triton.cdiv(k_len, tile.block_k)]
     if shared["CAUSAL"]:  # what lies past the diagonal is not listed
-        last = shared["offset"] - 1 + tile.block_q * torch.arange(1, fine.shape[2] + 1, device=q.device)
-        fine = fine & (tile.block_k * torch.arange(fine.shape[3], device=q.device) <= last[:, None])
+        last = shared["offset"] - 1 + tile.block_q * torch.arange(1, fine.shape[2] + 1, device=fine.device)
+        fine = fine & (tile.block_k * torch.arange(fine.shape[3], device=fine.device) <= last[:, None])
     return tile, fine
 
 
@@ -191,12 +191,12 @@ def block_backward(
 
 
 def tiles() -> list[Tile]:
-    """The shipped tiles: float16 and bfloat16, dims 64 and 128, blocks of 64, a quarter of the keys visited."""
+    """The shipped tiles: blocks of 64, causal, a quarter of the keys visited, the dtypes and dims of dense attention."""
     kernels = {"forward": block_forward_kernel, "dkdv": block_dkdv_kernel, "dq": block_dq_kernel}
     at = f"{VISITED} of length {LENGTH} visited"
     made = []
-    for dtype, dim, name in product(("fp16", "bf16"), (64, 128), kernels):
-        for tile, on in picked(name, dim).items():
-            tile, label = _shrunk(tile, 64, 64), f"{name} blocks {dtype} D{dim}"
-            made.append(make_tile(kernels[name], label, dtype, dim, tile, work(name, dim, tile, VISITED), at, on))
+    for shape, name in product([shape for shape in SHAPES if shape.causal], kernels):
+        for tile, on in picked(name, shape).items():
+            tile = _shrunk(tile, 64, 64)
+            made.append(make_tile(kernels[name], f"{name} blocks", shape, tile, work(name, shape, tile, VISITED), at, on))
     return made

@@ -25,7 +25,7 @@ from torch import Tensor
 from memlens_kernels.chunk_parts import decays, load, pairs, pairs_backward, product, shared, store
 from memlens_kernels.tile import TARGETS, Tile
 
-__all__ = ["MAX_KEY", "Plan", "linear_backward", "linear_forward", "plan", "tiles"]
+__all__ = ["MAX_KEY", "Plan", "linear_backward", "linear_forward", "max_key", "plan", "tiles"]
 
 MAX_KEY = 128
 LENGTHS = ["heads", "q_group", "k_group", "u_group", "length", "chunks"]  # not specialised: one binary serves every length
@@ -186,16 +186,23 @@ class Plan(NamedTuple):
     warps: int
 
 
+def max_key(*, channel: bool, dtype: torch.dtype) -> int:
+    """The widest key that is taken: in float32 the gradients of wider ones spill where each channel decays on its own."""
+    return 64 if channel and dtype == torch.float32 else MAX_KEY
+
+
 def plan(key_dim: int, value_dim: int, *, channel: bool, dtype: torch.dtype, chunk: int = 64) -> Plan:
     """Tile sizes that do not spill; the chunk is the caller's where it is smaller.
 
     Raises:
-        ValueError: key_dim over MAX_KEY.
+        ValueError: key_dim over `max_key`.
     """
-    if key_dim > MAX_KEY:
-        raise ValueError(f"linear: key_dim={key_dim}; the kernels take at most {MAX_KEY}")
+    if key_dim > (most := max_key(channel=channel, dtype=dtype)):
+        came = f"key_dim={key_dim} in {dtype}{' with a decay per channel' if channel else ''}"
+        raise ValueError(f"linear: {came}; the kernels take at most {most}; use form='torch'")
     small = channel or key_dim > 64 or dtype == torch.float32
-    return Plan(max(16, min(chunk, 16 if small else 32)), 16 if value_dim <= 16 or small else 32, 4)
+    warps = 8 if key_dim > 64 and dtype == torch.float32 else 4
+    return Plan(max(16, min(chunk, 16 if small else 32)), 16 if value_dim <= 16 or small else 32, warps)
 
 
 def grads_plan(p: Plan, *, key_dim: int, dtype: torch.dtype, delta: bool, hip: bool) -> Plan:
@@ -319,10 +326,14 @@ def kind(name: str, dtype: str, *, delta: bool = False) -> str:
 
 
 def tiles() -> list[Tile]:
-    """Key and value dims 64 and 128: plain, decay per head, per channel; for bfloat16 also the delta rule with each."""
+    """Key and value dims 64 and 128: plain, decay per head, per channel; but for float16 also the delta rule with each.
+
+    float16 runs with bfloat16's tiles and is listed without the delta rule at dim 64 only; where `max_key` is 64, 128 is not.
+    """
     made = []
-    for dtype, dim in (("fp16", 64), ("bf16", 64), ("bf16", 128), ("fp32", 64)):
-        rules = [(decay, False) for decay in range(3)] + [(decay, True) for decay in range(3) if dtype == "bf16"]
+    for dtype, dim in (("fp16", 64), ("bf16", 64), ("bf16", 128), ("fp32", 64), ("fp32", 128)):
+        taken = [decay for decay in range(3) if dim <= max_key(channel=decay == 2, dtype=DTYPES[dtype])]
+        rules = [(decay, False) for decay in taken] + [(decay, True) for decay in taken if dtype != "fp16"]
         for (decay, delta), name in product_of(rules, KERNELS):
             if delta and name in ("read", "written"):  # the same kernels as without the rule
                 continue

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from memlens.attention.exact import attend
+from memlens.attention.exact import KERNEL_DIM, attend
 from memlens.attention.sparse import block_attend, spread
 
 pytest.importorskip("triton")
@@ -111,7 +111,7 @@ def test_a_skipped_block_is_not_read(generator):
 
 def test_refusals(generator):
     q, k, v = inputs((1, 1, 1, 8, 8, 512, 512), generator)
-    with pytest.raises(ValueError, match=r"dim 512 with form='triton'; expected at most 256; use form='torch'"):
+    with pytest.raises(ValueError, match=rf"dim 512 with form='triton'; expected at most {KERNEL_DIM}; use form='torch'"):
         attend(q, k, v, form="triton")
     q, k, v = inputs((1, 1, 1, 8, 8, 16, 16), generator)
     with pytest.raises(ValueError, match=r"block_q=8, block_k=16 with form='triton'; expected multiples of 16"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from memlens.memory.based import taylor_attention
-from memlens.memory.linear import LinearState, linear_attention
+from memlens.memory.linear import KERNEL_KEY, LinearState, linear_attention
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[1] / "memory"))
@@ -54,8 +54,19 @@ def test_half_precision_is_as_good_as_torch_in_half(variant, generator):
 
 def test_only_key_dims_that_fit_are_taken():
     wide = torch.zeros(1, 1, 4, 160)
-    with pytest.raises(ValueError, match="key_dim=160 with form='triton'"):
+    with pytest.raises(ValueError, match=f"key_dim=160 with form='triton'; expected at most {KERNEL_KEY}"):
         linear_attention(wide, wide, wide, form="triton")
+
+
+def test_wide_keys_in_float32_with_a_decay_per_channel_are_refused():
+    from memlens_kernels.linear import plan
+
+    with pytest.raises(
+        ValueError, match=r"key_dim=65 in torch.float32 with a decay per channel; .* at most 64; use form='torch'"
+    ):
+        plan(65, 65, channel=True, dtype=torch.float32)
+    assert plan(128, 128, channel=True, dtype=torch.bfloat16).chunk == 16
+    assert plan(128, 128, channel=False, dtype=torch.float32).warps == 8
 
 
 def from_state(q, k, v, *, state, form):

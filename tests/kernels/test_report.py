@@ -2,6 +2,7 @@
 
 import csv
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -35,16 +36,63 @@ def test_occupancy_by_hand(registers, shared, warps, expected):
     assert report._occupancy(report.TARGETS["sm_80"], registers, shared, warps) == expected
 
 
+def attention_picks():
+    """(kernel, width, block_q, block_k, warps, stages, dim, causal, mask, target) of what the attention launchers take.
+
+    A tile does not depend on `causal`: under a mask it is compiled without, over blocks with it.
+    """
+    from memlens_kernels.attention import MAX_DIM, block_dim
+    from memlens_kernels.attention_config import config
+
+    dims = {max(64, block_dim(dim)) for dim in range(1, MAX_DIM + 1)}  # a smaller dim has the tile of 64
+    calls = ((True, False), (False, False), (False, True))
+    for name, dim, width, (causal, mask), on in product(("forward", "dkdv", "dq"), dims, (2, 4), calls, TARGETS):
+        picked = config(name, dim, width, on, masked=mask)
+        yield f"{name}_kernel", width, *picked, dim, causal, mask, on
+        if causal:
+            shrunk = picked._replace(block_q=min(64, picked.block_q), block_k=min(64, picked.block_k))
+            yield f"block_{name}_kernel", width, *shrunk, dim, causal, mask, on
+
+
+def linear_picks():
+    """(kernel, width, chunk, value block, warps, dim, decay, delta, target) of every call with long chunks and wide values."""
+    from memlens_kernels.linear import DTYPES, MAX_KEY, grads_plan, max_key, plan
+
+    sizes = product(("fp32", "bf16"), (64, MAX_KEY), (0, 1, 2), (False, True), TARGETS)
+    for dtype, dim, decay, delta, on in sizes:
+        if dim > max_key(channel=decay == 2, dtype=DTYPES[dtype]):
+            continue
+        p = plan(dim, dim, channel=decay == 2, dtype=DTYPES[dtype])
+        wide = grads_plan(p, key_dim=dim, dtype=DTYPES[dtype], delta=delta, hip=on == "gfx942")
+        of = dict.fromkeys(("states", "d_states"), (p, delta)) | dict.fromkeys(("read", "written"), (p, None))
+        for name, (tile, rule) in (of | {"grads": (wide, delta)}).items():
+            yield f"{name}_kernel", 4 if dtype == "fp32" else 2, *tile, dim, decay, rule, on
+
+
+def compiled(tile):
+    """An attention or linear tile as `attention_picks` and `linear_picks` name it, for each of its targets."""
+    c, width = tile.constants, 4 if "*fp32" in (tile.signature.get("q"), tile.signature.get("k")) else 2
+    if "CAUSAL" in c and "BLOCK_K" in c:
+        named = c["BLOCK_Q"], c["BLOCK_K"], tile.warps, tile.stages, c["DIM"], c["CAUSAL"], c.get("MASK", False)
+    elif "DECAY" in c:
+        named = c["C"], c["BV"], tile.warps, c["KEY"], c["DECAY"], c.get("DELTA")
+    else:
+        return set()
+    return {(tile.kernel.__name__, width, *named, on) for on in tile.targets}
+
+
 def test_every_tile_has_its_rows():
     stored = {(row["kernel"], row["tile"], row["target"]) for row in csv.DictReader(TABLE.open(encoding="utf-8"))}
-    shipped = set()
+    shipped, named = set(), set()
     for name in report.modules():
         for tile in import_module(name).tiles():
             shipped |= {(tile.kernel.__name__, tile.label, target) for target in tile.targets}
+            named |= compiled(tile)
             assert set(tile.targets) <= set(TARGETS)
             assert tile.flops > 0
             assert tile.bytes > 0
     assert shipped == stored
+    assert {*attention_picks(), *linear_picks()} <= named
 
 
 def test_the_interpreter_cannot_be_compiled(monkeypatch):

@@ -20,13 +20,12 @@ def fused(q, k, v, g, beta, S, *, scale: float, chunk: int, dtype: torch.dtype) 
     Raises:
         ValueError: a key dim over the kernels' limit.
     """
-    from memlens_kernels.linear import MAX_KEY, plan
+    from memlens_kernels.linear import max_key, plan
 
-    if q.shape[-1] > MAX_KEY:
-        check.fail(
-            "linear_attention", f"key_dim={q.shape[-1]} with form='triton'", f"at most {MAX_KEY}", "use form='torch'"
-        )
-    p = plan(q.shape[-1], v.shape[-1], channel=g is not None and g.ndim == 4, dtype=q.dtype, chunk=chunk)
+    kind = {"channel": g is not None and g.ndim == 4, "dtype": q.dtype}
+    if q.shape[-1] > (most := max_key(**kind)):
+        check.fail("linear_attention", f"key_dim={q.shape[-1]} with form='triton'", f"at most {most}", "use form='torch'")
+    p = plan(q.shape[-1], v.shape[-1], **kind, chunk=chunk)
     u, w = v, None
     if beta is not None:
         length, heads = q.shape[2], S.shape[1]

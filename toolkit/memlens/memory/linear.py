@@ -25,7 +25,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-KERNEL_KEY = 128  # the kernels take key_dim up to here
+KERNEL_KEY, CHANNEL_KEY = 128, 64  # the widest key that the kernels take; the second in float32 with a decay per channel
 
 
 class AffineState(NamedTuple):
@@ -73,19 +73,22 @@ def linear_attention(
         state: what came before; None is empty.
         mask: (batch, length) bool; a False token leaves the state alone and reads zero.
         chunk: a power of two, tokens computed at once; it changes speed, not the answer. The kernel may take fewer.
-        form: "reference" (the loop above), "torch" (by chunks), "triton" (kernels, for key_dim <= 128) or "auto".
+        form: "reference" (the loop above), "torch" (by chunks), "triton" (kernels, for key_dim <= 128; in float32 with a decay
+            per channel <= 64) or "auto".
     Returns:
         out (batch, heads, length, value_dim) in q's dtype, and the state in float32.
     Raises:
         ValueError: shapes, gates out of range or not finite, no token, a state that does not fit, normalize with delta; with
-            form="triton" a key_dim above 128.
+            form="triton" a key_dim above 128, or above 64 in float32 with a decay per channel.
         RuntimeError: form="triton" where it cannot run.
     """
     op = "linear_attention"
     check_inputs(op, q, k, v, log_decay, beta, rule, normalize, state, mask)
     if chunk < 1 or chunk & (chunk - 1):
         check.fail(op, f"chunk={chunk}", "a power of two")
-    form = backend.choose(op, form, q, k, v, kernel=q.shape[-1] <= KERNEL_KEY or form == "triton")
+    by_channel = log_decay is not None and log_decay.ndim == 4
+    widest = CHANNEL_KEY if by_channel and q.dtype == torch.float32 else KERNEL_KEY
+    form = backend.choose(op, form, q, k, v, kernel=q.shape[-1] <= widest or form == "triton")
     x = prepare(q, k, v, log_decay, beta, normalize, state, mask, native=form == "triton")
     if form == "reference":
         out, S = _reference(x, scale)
