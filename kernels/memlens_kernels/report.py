@@ -170,7 +170,9 @@ def main(path: Path, *, check: bool) -> int:
     text, old = as_text(rows), path.read_text(encoding="utf-8") if path.exists() else ""
     changed = sum(line not in old.splitlines() for line in text.splitlines()) if text != old else 0
     if text != old and not check:
-        path.write_text(text, encoding="utf-8", newline="\n")
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial.write_text(text, encoding="utf-8", newline="\n")
+        partial.replace(path)
     before = max(0, len(list(csv.reader(old.splitlines()))) - 1)
     print(f"{len(rows)} rows, {before} before, {changed} changed; {len(bad)} faults")
     for line in bad:

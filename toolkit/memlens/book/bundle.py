@@ -18,6 +18,7 @@ __all__ = ["INSTALL", "bundle", "prove"]
 INSTALL = """#!/bin/sh
 # Installs memlens from this folder alone: sh install.sh [target folder], default ./memlens
 set -eu
+command -v git >/dev/null || { echo "install.sh needs git, Python 3.11 or newer and make" >&2; exit 1; }
 here=$(cd "$(dirname "$0")" && pwd)
 target=${1:-memlens}
 git clone --quiet "$here/memlens.git.bundle" "$target"
