@@ -2,12 +2,13 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
-from memlens.book.notebook import read
+from memlens.book.notebook import read, source_of
 from memlens.book.place import notebooks, select
-from memlens.book.reproduce import reproduce, run_one
+from memlens.book.reproduce import FIGURE, reproduce, run_one
 from memlens.book.store import store
 
 from .conftest import code, text, whole
@@ -110,3 +111,9 @@ def test_selection_names_the_nearest_paper(put):
         select(paper="kivi")
     with pytest.raises(ValueError, match="family='kw'"):
         select(family="kw")
+
+
+def test_every_stored_figure_is_redrawn_with_the_notebook_that_draws_it():
+    top = Path(__file__).parents[2]
+    drawn = [name for path in (top / "notebooks").rglob("*.ipynb") for name in FIGURE.findall(source_of(read(path)))]
+    assert sorted(drawn) == sorted(path.stem for path in (top / "figures").glob("*.nc"))

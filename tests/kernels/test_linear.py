@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from memlens.memory.based import taylor_attention
-from memlens.memory.linear import KERNEL_KEY, LinearState, linear_attention
+from memlens.memory.linear import CHANNEL_KEY, KERNEL_KEY, LinearState, linear_attention
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[1] / "memory"))
@@ -56,6 +56,9 @@ def test_only_key_dims_that_fit_are_taken():
     wide = torch.zeros(1, 1, 4, 160)
     with pytest.raises(ValueError, match=f"key_dim=160 with form='triton'; expected at most {KERNEL_KEY}"):
         linear_attention(wide, wide, wide, form="triton")
+    wide = wide[..., :80]
+    with pytest.raises(ValueError, match=f"key_dim=80 with form='triton'; expected at most {CHANNEL_KEY}"):
+        linear_attention(wide, wide, wide, log_decay=-wide, form="triton")
 
 
 def test_wide_keys_in_float32_with_a_decay_per_channel_are_refused():

@@ -10,7 +10,7 @@ from nbformat import NotebookNode
 from memlens.catalog.verdict import MIME, Verdict
 from memlens.files import replace_text
 
-__all__ = ["clean", "code_cells", "read", "shown", "source_of", "tags", "verdicts", "write"]
+__all__ = ["clean", "code_cells", "read", "shown", "source_of", "tags", "text_of", "verdicts", "write"]
 
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 IGNORE = "nbval-ignore-output"  # outputs vary between runs (times, live views) and are not compared
@@ -23,7 +23,12 @@ def read(path: Path) -> NotebookNode:
 
 def write(book: NotebookNode, path: Path) -> None:
     """Write it whole or not at all, so that a failure leaves the old notebook."""
-    replace_text(Path(path), nbformat.writes(book).rstrip("\n") + "\n")
+    replace_text(Path(path), text_of(book))
+
+
+def text_of(book: NotebookNode) -> str:
+    """The notebook as its file holds it."""
+    return nbformat.writes(book).rstrip("\n") + "\n"
 
 
 def tags(cell: NotebookNode) -> list[str]:

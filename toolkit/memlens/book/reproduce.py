@@ -21,6 +21,7 @@ from memlens.book.ledger import as_table
 from memlens.book.notebook import clean, read, shown, source_of, verdicts, write
 from memlens.book.place import root, select, state
 from memlens.catalog.verdict import WORDS, Verdict
+from memlens.files import replace_text
 
 __all__ = ["reproduce"]
 
@@ -55,9 +56,7 @@ class Progressed:
             return {}
 
     def save(self, *, finished: bool = False) -> None:
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps({"key": self.key, "finished": finished, "done": self.done}), encoding="utf-8")
-        partial.replace(self.path)
+        replace_text(self.path, json.dumps({"key": self.key, "finished": finished, "done": self.done}))
 
     def fresh(self, name: str, path: Path) -> bool:
         """Whether this very notebook passed earlier in this run."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from nbformat import reads, writes
+from nbformat import reads
 
 from memlens import check
+from memlens.book.notebook import text_of
 from memlens.book.place import root
 from memlens.catalog.entries import FAMILIES, Entry, entries
 from memlens.files import replace_text
@@ -80,7 +81,7 @@ def _notebook(entry: Entry, fields: dict) -> str:
     for cell in book.cells:
         for name, value in {**fields, "claims": claims or "- (what the paper claims)"}.items():
             cell.source = cell.source.replace("{{" + name + "}}", value)
-    return writes(book) + "\n"
+    return text_of(book)
 
 
 def scaffold(family: str, key: str, *, top: Path | None = None) -> list[Path]:

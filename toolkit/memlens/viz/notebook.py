@@ -39,7 +39,8 @@ def live() -> None:
     for_notebooks, holoviews.extension = holoviews.extension, extension
     try:
         with capture_output():  # of an hvplot that was there before
-            holoviews.extension("bokeh")
+            if "bokeh" not in holoviews.Store.renderers:
+                holoviews.extension("bokeh")
             import hvplot.xarray  # noqa: F401 - registers .hvplot, and must come after the extension
     finally:
         holoviews.extension = for_notebooks
